@@ -23,7 +23,9 @@ struct Quest : Strategy {
     i.name = "quest";
     i.summary = "pages ranked by an upper bound of the query-key product";
     i.paper = "Tang et al. 2024, arXiv 2406.10774";
-    i.rule = "score(page) = sum_d max(q_d m_d, q_d M_d), m and M the page's element-wise min and max key; current page forced";
+    i.rule =
+        "score(page) = sum_d max(q_d m_d, q_d M_d), m and M the page's element-wise min and max key; current page "
+        "forced";
     i.phases = kDecode;
     i.defaults = R"({"dense_layers": [0, 1]})";
     i.presets = R"({"original": {}, "sparse_frontier": {"dense_layers": [], "gqa": "sum"}})";

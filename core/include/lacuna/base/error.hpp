@@ -11,7 +11,7 @@ struct Problem {
   std::string what;      // one clause, no full stop
   std::string expected;  // each of these may be empty
   std::string found;
-  std::string where;     // file, tensor, line:column, strategy and role
+  std::string where;  // file, tensor, line:column, strategy and role
   std::string remedy;
 };
 

@@ -13,15 +13,15 @@ namespace lacuna {
 class Device {
  public:
   virtual ~Device() = default;
-  virtual bool on_device() const = 0;          // false: CPU
-  virtual std::string describe() const = 0;    // for the header of a table: model, cores or SMs, memory
+  virtual bool on_device() const = 0;             // false: CPU
+  virtual std::string describe() const = 0;       // for the header of a table: model, cores or SMs, memory
   virtual void* allocate(std::size_t bytes) = 0;  // 256-byte aligned, uninitialised
   virtual void release(void* pointer) noexcept = 0;
   virtual void copy_in(void* device, const void* host, std::size_t bytes) = 0;
   virtual void copy_out(void* host, const void* device, std::size_t bytes) = 0;  // synchronises
   virtual void copy(void* to, const void* from, std::size_t bytes) = 0;          // device to device
   virtual void fill(void* device, int byte, std::size_t bytes) = 0;
-  virtual void* stream() const = 0;            // cudaStream_t, or null
+  virtual void* stream() const = 0;  // cudaStream_t, or null
   virtual void synchronize() = 0;
 };
 
@@ -30,13 +30,15 @@ std::shared_ptr<Device> cpu_device();
 std::shared_ptr<Device> cuda_device(int index = 0);
 
 /// Owned, fixed-size array of trivially copyable T.
-template <class T> class Buffer {
+template <class T>
+class Buffer {
  public:
   Buffer() = default;
   Buffer(std::shared_ptr<Device> device, std::int64_t n) : device_(std::move(device)), size_(n) {
     if (n > 0) data_ = static_cast<T*>(device_->allocate(static_cast<std::size_t>(n) * sizeof(T)));
   }
-  Buffer(Buffer&& o) noexcept : device_(std::move(o.device_)), data_(std::exchange(o.data_, nullptr)), size_(std::exchange(o.size_, 0)) {}
+  Buffer(Buffer&& o) noexcept
+      : device_(std::move(o.device_)), data_(std::exchange(o.data_, nullptr)), size_(std::exchange(o.size_, 0)) {}
   Buffer& operator=(Buffer&& o) noexcept {
     std::swap(device_, o.device_);
     std::swap(data_, o.data_);

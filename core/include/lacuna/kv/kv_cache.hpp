@@ -1,7 +1,6 @@
 // The paged KV cache: one sequence of one layer, a page table per KV head, pages from a shared pool.
 #pragma once
 
-#include <map>
 #include <memory>
 #include <string>
 #include <vector>
@@ -12,15 +11,19 @@
 
 namespace lacuna {
 
-/// Fixed number of pages of `page_size` tokens of one KV head: K, V [page_size, head_dim] and the tokens' original
-/// positions. Pages are reference-counted, so that forks share them. `poison`: freed and never-written slots hold NaN.
+/// Fixed number of pages of `page_size` tokens of one KV head: K, V [page_size, head_dim] (f32, f16 or bf16) and the
+/// tokens' original positions. Pages are reference-counted, so that forks share them; a free page of the lowest id is
+/// taken first, so equal histories give equal tables. `poison`: freed and never-written slots hold NaN, position -1. A
+/// pool and its caches are used by one thread at a time. Throws Error for a bad shape, too little memory or a device
+/// without a backend.
 class PagePool {
  public:
-  PagePool(std::shared_ptr<Device> device, sdk::i32 page_size, sdk::i32 head_dim, sdk::Dtype dtype, sdk::i64 max_pages, bool poison);
+  PagePool(std::shared_ptr<Device> device, sdk::i32 page_size, sdk::i32 head_dim, sdk::Dtype dtype, sdk::i64 max_pages,
+           bool poison);
   ~PagePool();
   sdk::i64 pages_in_use() const;
   sdk::i64 capacity() const;
-  sdk::i64 bytes_per_page() const;  // K + V + positions
+  sdk::i64 bytes_per_page() const;     // K + V + positions
   sdk::i64 kv_bytes_per_page() const;  // K + V
 
  private:
@@ -29,6 +32,9 @@ class PagePool {
   std::unique_ptr<Impl> impl_;
 };
 
+/// Every function that throws Error for a bad argument, a full pool or too little memory leaves the cache, its forks
+/// and the pool as they were. Pointers from view(), side() and take_dirty() are memory of the pool's device and good
+/// until the next call that changes the cache; work is ordered on the device's stream.
 class KvCache {
  public:
   /// `max_tokens`: longest the sequence will get; sizes the page table.
@@ -37,36 +43,49 @@ class KvCache {
   KvCache& operator=(KvCache&&) noexcept;
   ~KvCache();  // returns its pages
 
-  /// Appends n tokens to every head: k, v [num_kv_heads, (head_stride / head_dim), head_dim], converted to the pool's dtype;
-  /// positions first_position, first_position + 1, ... must be larger than every cached one. Copies a shared last page
-  /// before writing it. Throws Error when the pool or the table is full; then nothing has changed.
-  void append(const void* k, const void* v, sdk::Dtype dtype, sdk::i64 head_stride, sdk::i64 n, sdk::i64 first_position);
+  /// Appends n tokens to every head: k, v [num_kv_heads, (head_stride / head_dim), head_dim] in the device's memory,
+  /// converted to the pool's dtype (round to nearest even); positions first_position, first_position + 1, ... must be
+  /// larger than every cached one. Copies a shared last page before writing it. Throws Error when the pool or the table
+  /// is full; then nothing has changed.
+  void append(const void* k, const void* v, sdk::Dtype dtype, sdk::i64 head_stride, sdk::i64 n,
+              sdk::i64 first_position);
 
-  /// A copy-on-write copy: shares every page and side array until one of them writes.
+  /// A copy-on-write copy: shares every page and side array until one of them writes. It inherits what is dirty.
   KvCache fork() const;
 
-  /// Keeps these slots of each head (ascending, unique, may differ in number), in order, and returns the pages that become
-  /// empty. Sides that move are carried along; the others are reported by take_dirty. Throws Error for a bad list.
+  /// Keeps these slots of each head (ascending, unique, may differ in number), in order, and returns the pages that
+  /// become empty. Pages before the first dropped slot stay as they are, shared ones too; from there on tokens move
+  /// inside the sequence's own pages, and a shared page is replaced by a new one (also the one that is only cut short:
+  /// the next append would have to copy it anyway). Sides that move are carried along; the others are reported by
+  /// take_dirty. Throws Error for a bad list, or when the pool lacks pages to replace shared ones.
   void retain(const std::vector<std::vector<sdk::i32>>& slots);
 
-  /// StreamingLLM's positions: rotates every cached key by (slot - position), so that it sits at its slot. Positions are kept.
+  /// StreamingLLM's positions: rotates every cached key by (slot - position), so that it sits at its slot. Positions
+  /// are kept. The cache remembers the position that each key carries (per slot, on the host, moved by retain and
+  /// inherited by forks), so that a later call rotates by (slot - carried position), and only keys that moved or came
+  /// since. Each such step rounds once to the pool's dtype: a 16-bit key that moves every step drifts. Sides' units of
+  /// rotated keys become dirty, those of sides that move too. Throws Error when the pool lacks pages to replace shared
+  /// ones.
   void compact_positions(const Rope& rope);
 
-  /// Declares side data (before the first index); the core allocates it for max_tokens.
+  /// Declares side data (before the first index); the core allocates it for max_tokens. Units start as zeros when they
+  /// come into use; with `poison`, float sides are NaN beyond.
   void add_side(const sdk::Side& side);
   /// [num_kv_heads, units, elements]; writable: copies first if a fork shares it. Throws Error if not declared.
   sdk::Array side(const std::string& name);
   /// Units [begin, end) per head of each side granularity that changed since the last call (appended, compacted): for
-  /// `unit_tokens` sized units; two int32 arrays in the cache's memory, valid until the next call.
+  /// `unit_tokens` sized units; two int32 arrays in the cache's memory, valid until the next call. A unit counts as
+  /// changed when its tokens do: the partial last one at each append or cut. If every side of this granularity moves
+  /// along on retain, units that were up to date stay so.
   sdk::Dirty take_dirty(sdk::i32 unit_tokens);
 
   sdk::Paged view() const;
   sdk::i64 length(sdk::i32 head) const;
   std::vector<sdk::i32> positions(sdk::i32 head) const;  // host copy
-  sdk::i64 pages() const;          // pages its tables reference
-  sdk::i64 kv_bytes() const;       // K + V bytes of those pages
-  sdk::i64 token_bytes() const;    // K + V bytes of the cached tokens alone
-  sdk::i64 side_bytes() const;     // bytes of the sides' units in use
+  sdk::i64 pages() const;                                // pages its tables reference
+  sdk::i64 kv_bytes() const;                             // K + V bytes of those pages
+  sdk::i64 token_bytes() const;                          // K + V bytes of the cached tokens alone
+  sdk::i64 side_bytes() const;                           // bytes of the sides' units in use
 
  private:
   struct Impl;

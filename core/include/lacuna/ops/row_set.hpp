@@ -8,14 +8,16 @@
 
 namespace lacuna {
 
-/// Slots in ascending order, each once. A query at slot s reads slot j of the set iff j <= s, and besides every j <= s with
-/// j < exact_sinks or s - j < exact_window. `log_weight` is empty when the selection has none; a token that a piece and a
-/// token list both name takes the piece's weight; exact cells outside the set weigh 0.
+/// Slots in ascending order, each once. A query at slot s reads slot j of the set iff j <= s, and besides every j <= s
+/// with j < exact_sinks or s - j < exact_window. `log_weight` is empty when the selection has none; a token that a
+/// piece and a token list both name takes the piece's weight; exact cells outside the set weigh 0.
 struct RowSet {
   std::vector<sdk::i32> slots;
   std::vector<float> log_weight;
   sdk::i32 exact_sinks = 0, exact_window = 0;
 
+  /// Log weight of a slot that is read: 0 for one that only the exact parts hold.
+  float weight(sdk::i32 slot) const;
   /// Cells read by the queries at slots [begin, end).
   sdk::i64 pairs(sdk::i64 begin, sdk::i64 end) const;
   /// Distinct slots that any query at slots [begin, end) reads: what a pass over the tile fetches.

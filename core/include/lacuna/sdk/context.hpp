@@ -76,7 +76,6 @@ class Services {
   virtual i32 queries(Span span, i64 n, Queries* out, Error*) noexcept = 0;
   virtual i32 oracle_mass(Scores* out, Error*) noexcept = 0;
   virtual i32 base_scores(Scores* out, Error*) noexcept = 0;
-  virtual i32 base_choose(Selection* out, Error*) noexcept = 0;
   virtual void charge(double bytes, double flops) noexcept = 0;
 
  protected:
@@ -168,10 +167,6 @@ class Context {
   void base_scores(Scores& out) {
     run([&](Error* e) { return services_.base_scores(&out, e); });
   }
-  /// Wrappers: the base's choice under the base's own budget, as this strategy's rows; pieces are given as tokens.
-  void base_choose(Selection& out) {
-    run([&](Error* e) { return services_.base_choose(&out, e); });
-  }
   /// Work of loops over the arrays below (the fused operations charge themselves).
   void charge(double bytes, double flops) { services_.charge(bytes, flops); }
 
@@ -223,7 +218,8 @@ template <class F> void Context::for_each(i64 n, F f) {
     return;
   }
 #endif
-#pragma omp parallel for schedule(static)
+  constexpr i64 kWorthThreads = 1024;
+#pragma omp parallel for schedule(static) if (n >= kWorthThreads)
   for (i64 i = 0; i < n; ++i) f(i);
 }
 

@@ -7,6 +7,7 @@
 #include <functional>
 #include <map>
 #include <string>
+#include <type_traits>
 #include <utility>
 #include <vector>
 
@@ -47,10 +48,22 @@ inline std::string to_json(bool v) { return v ? "true" : "false"; }
 inline std::string to_json(const std::string& v) { return "\"" + v + "\""; }
 inline std::string to_json(const Ints& v) {
   std::string out = "[";
-  for (std::size_t i = 0; i < v.size(); ++i) out += (i ? "," : "") + std::to_string(v[i]);
+  for (const i32 item : v) {
+    if (out.size() > 1) out += ',';
+    out += std::to_string(item);
+  }
   return out + "]";
 }
-inline std::string to_json(const Classes&) { return "{}"; }
+inline std::string to_json(const Classes& v) {
+  std::string out = "{";
+  for (const auto& [layer, heads] : v) {
+    if (out.size() > 1) out += ',';
+    out += to_json(std::to_string(layer));
+    out += ':';
+    out += to_json(heads);
+  }
+  return out + "}";
+}
 inline std::string to_json(const Base&) { return "null"; }
 
 template <class T> constexpr const char* type_name() {
@@ -99,7 +112,11 @@ inline Ints parse_ints(const std::string& s) {
   }
   return out;
 }
-inline void parse(const std::string& s, i32& v) { v = static_cast<i32>(std::strtol(s.c_str(), nullptr, 10)); }
+inline void parse(const std::string& s, i32& v) {  // the core knows whole numbers of 64 bits only
+  const long long wide = std::strtoll(s.c_str(), nullptr, 10);
+  v = static_cast<i32>(wide);
+  if (v != wide) throw Failure("the parameter's value " + s + " does not fit 32 bits");
+}
 inline void parse(const std::string& s, i64& v) { v = std::strtoll(s.c_str(), nullptr, 10); }
 inline void parse(const std::string& s, double& v) { v = std::strtod(s.c_str(), nullptr); }
 inline void parse(const std::string& s, bool& v) { v = s == "true"; }

@@ -123,8 +123,9 @@ template <class F> i32 guarded(Error* error, F f) noexcept {
 template <class T, class = void> struct params_of { struct type {}; };
 template <class T> struct params_of<T, std::void_t<typename T::Params>> { using type = typename T::Params; };
 
-/// Builds the static table of strategy class T.
-template <class T> class EntryFor {
+/// Builds the static table of strategy class T. Hidden, since otherwise two libraries that name a class alike would share its
+/// statics (STB_GNU_UNIQUE ignores RTLD_LOCAL).
+template <class T> class __attribute__((visibility("hidden"))) EntryFor {
   using P = typename params_of<T>::type;
   static const Schema<P>& schema() {
     static const Schema<P> s = [] {
@@ -148,8 +149,18 @@ template <class T> class EntryFor {
   }
 
  public:
-  static const Entry* get() {
-    static std::vector<Param> params = [] {
+  /// Null if info(), schema() or the constructor of Params throws: this runs while the library is loaded.
+  static const Entry* get() noexcept {
+    try {
+      return table();
+    } catch (...) {
+      return nullptr;
+    }
+  }
+
+ private:
+  static const Entry* table() {
+    static const std::vector<Param> params = [] {
       std::vector<Param> out;
       for (const auto& f : schema().fields)
         out.push_back({f.name.c_str(), f.doc.c_str(), f.type.c_str(), f.default_value.c_str(), f.range.c_str(), f.is_budget_knob});

@@ -18,7 +18,8 @@ void check_scores(const Culprit& who, const sdk::Scores& scores, sdk::ScoreKind 
 /// Rules known, no negative target, and the sum of pairs over ranked rows at most `total` (what went in).
 void check_budget(const Culprit& who, const sdk::Budget& budget, sdk::i64 total);
 /// Counts within capacity; pieces and tokens unique, in range, causal (a tile's last query sees them); exact parts not
-/// negative; log weights finite; every row with a visible token reads at least one. `visible[row]`: slots its last query sees.
+/// negative; log weights finite; every row with a visible token reads at least one. `visible[row]`: slots its last
+/// query sees.
 void check_selection(const Culprit& who, const sdk::Selection& selection, const sdk::i64* visible);
 /// Tokens of each KV head ascending or not, but unique and below length[head]; at least one where anything is cached.
 void check_kept(const Culprit& who, const sdk::Kept& kept, const sdk::i32* length);

@@ -11,33 +11,43 @@ namespace lacuna {
 
 using Json = nlohmann::ordered_json;
 
-/// A budget as a scenario gives it. `density`: share of the tokens (or pairs); `tokens`, `units`: counts; `mass`: top-p.
+/// A budget as a scenario gives it. `density`: share of the tokens (or pairs); `tokens`, `units`: counts; `mass`:
+/// top-p.
 struct BudgetSpec {
   enum class Kind { none, density, tokens, units, mass } kind = Kind::none;
   double value = 0;
   bool proportional = false;  // prefill: shape = "proportional"
 };
 
+/// density, tokens, units, mass or shape: the keys of a role's table that make its budget.
+bool is_budget_key(const std::string& name);
+
 /// A strategy by name with every parameter resolved and valid.
 struct Resolved {
   const StrategyType* type = nullptr;
-  Json own;                      // the strategy's own parameters, schema order
-  Json shared;                   // gqa, dense_layers, sinks, recent, (evict) cut, positions: those that apply
-  BudgetSpec budget;             // as given in the role's table
+  Json own;                        // the strategy's own parameters, schema order; class tables as {"3": [0, 2]}
+  Json shared;                     // gqa, dense_layers, sinks, recent, (evict) cut, positions: those that apply
+  BudgetSpec budget;               // as given in the role's table
   std::shared_ptr<Resolved> base;  // wrappers
 
+  /// gqa, sinks and recent as shared; one that the strategy names itself, or that does not apply, is none or 0.
   sdk::Common common() const;
   std::vector<int> dense_layers() const;
-  /// {"name": ..., own..., shared..., budget..., "base": {...}}: canonical, for rows, hashes and `dump`.
+  /// {"name": ..., own..., shared..., budget..., "base": {...}}: canonical, for rows, hashes and `dump`. Equal settings
+  /// give equal text, and resolving it again gives it back.
   Json describe() const;
 };
 
-/// Checks names, types, ranges and choices; fills in preset and defaults; reads class tables (`classes`: a TOML file relative
-/// to `directory`, or an inline table). `given` is an object with "name"; a string stands for {"name": string}.
-/// `where` prefixes errors ("scenario.toml:12:3"). Throws Error with the nearest valid names.
-Resolved resolve(const Registry& registry, const Json& given, const std::string& where, const std::string& directory);
+/// Checks names, types, ranges and choices; fills in preset and defaults (a given value wins over the preset, the
+/// preset over the default); reads class tables: a TOML file relative to `directory`, or a table, `layer.3.full = [0,
+/// 2]` or 3 = [0, 2]. `given` is an object with "name"; a string stands for {"name": string}. A wrapper's "base" is
+/// resolved for the same role; dense_layers, cut and positions belong to the wrapper alone, and a base's preset does
+/// not set them. `where` goes with errors ("scenario.toml:12:3"). Throws Error with the nearest valid names.
+Resolved resolve(const Registry& registry, const Json& given, const std::string& where, const std::string& directory,
+                 RoleKind role);
 
-/// Calls a strategy's roles; an error it returns becomes Error "strategy 'x', role score: ...".
+/// Calls a strategy's roles; an error it returns becomes Error "strategy 'x', role score: ...", as does calling a role
+/// that it does not have.
 class Instance {
  public:
   explicit Instance(const Resolved& resolved);

@@ -19,11 +19,11 @@ struct Segment {
 
 struct TraceInfo {
   std::string path, model;
-  std::vector<int> captured_layers;
+  std::vector<int> captured_layers;  // ascending
   int num_layers = 0, num_qo_heads = 0, num_kv_heads = 0, head_dim = 0;
-  std::map<int, float> softmax_scale;          // by captured layer
-  std::map<int, sdk::i64> sliding_window;      // by captured layer; 0: none
-  std::map<int, RopeConfig> rope;              // by captured layer
+  std::map<int, float> softmax_scale;      // by captured layer
+  std::map<int, sdk::i64> sliding_window;  // by captured layer; 0: none (a trace in memory may leave layers out)
+  std::map<int, RopeConfig> rope;          // by captured layer; a trace in memory may leave out default ones
   bool rope_applied = true;
   sdk::i64 prefill_tokens = 0, decode_tokens = 0;
   std::vector<Segment> segments;
@@ -56,13 +56,18 @@ struct LayerTensors {
 class Trace {
  public:
   /// Maps the file and checks the header, every offset, shape, dtype, metadata field and segment. Nothing of a layer is
-  /// read before layer(). Throws Error.
+  /// read before layer(). K and V of a layer must have one dtype. Tensors that the format does not name are ignored.
+  /// Throws Error.
   static Trace open(const std::string& path);
   /// A trace in memory (tests, `lacuna check`): tensors by their names in the file, fp32, validated like a file.
-  static Trace from_memory(TraceInfo info, std::map<std::string, std::pair<std::vector<sdk::i64>, std::vector<float>>> tensors);
+  /// `tokens` may be left out (then every id is 0).
+  static Trace from_memory(TraceInfo info,
+                           std::map<std::string, std::pair<std::vector<sdk::i64>, std::vector<float>>> tensors);
 
   const TraceInfo& info() const;
-  /// Checks that the layer's values are finite on the way (throws Error naming tensor, head and token).
+  /// The layer's tensors, valid as long as the trace. Checks that their values are finite on the way (throws Error
+  /// naming tensor, head and token). Asking for another layer gives the memory of the last one back; its tensors stay
+  /// valid.
   LayerTensors layer(int index) const;
   std::vector<sdk::i32> tokens() const;
   /// Hash of the file's bytes (of the tensors' for a trace in memory), 16 hex digits; computed once.

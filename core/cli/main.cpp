@@ -1,0 +1,71 @@
+#include <fmt/format.h>
+
+#include <cstdio>
+
+#include "command.hpp"
+#include "lacuna/base/error.hpp"
+#include "lacuna/build_info.hpp"
+
+namespace lacuna::cli {
+
+void note(const std::string& text) { fmt::print(stderr, "lacuna: {}\n", text); }
+
+Registry Session::registry() const {
+  Registry out;
+  out.load_standard(plugin_dirs);
+  for (const std::string& failure : out.failures()) note("warning: " + failure);
+  return out;
+}
+
+namespace {
+
+constexpr int kBadUsage = 2;
+
+/// CLI11 knows that an argument is too many, not that it was meant as a command.
+std::string usage_error(const CLI::App& app, const CLI::ParseError& error, int argc, char** argv) {
+  std::vector<std::string> commands;
+  for (const CLI::App* command : app.get_subcommands({})) commands.push_back(command->get_name());
+  if (argc < 2) return "no command. " + suggestion("", commands);
+  const std::string first = argv[1];
+  const bool is_command = std::find(commands.begin(), commands.end(), first) != commands.end();
+  if (!is_command && first.front() != '-')
+    return fmt::format("unknown command '{}'. {}", first, suggestion(first, commands));
+  const auto chosen = app.get_subcommands();
+  const std::string help = chosen.empty() ? "lacuna --help" : "lacuna " + chosen.front()->get_name() + " --help";
+  return fmt::format("{}. See `{}`.", error.what(), help);
+}
+
+int run_command(int argc, char** argv) {
+  CLI::App app{"Lacuna: replays recorded attention under sparse-attention strategies and measures what is lost.",
+               "lacuna"};
+  Session session;
+  app.set_version_flag("--version", fmt::format("lacuna {} ({})", build_info::kVersion, build_info::kCommit));
+  app.add_option("--plugin-dir", session.plugin_dirs, "directory with more strategies, *.so; may be repeated")
+      ->allow_extra_args(false);
+  app.require_subcommand(1);
+  app.fallthrough();
+  for (const auto add : {add_run, add_list, add_describe, add_trace, add_dump, add_check}) add(app, session);
+  try {
+    app.parse(argc, argv);
+  } catch (const CLI::Success& e) {  // --help, --version
+    return app.exit(e);
+  } catch (const CLI::ParseError& e) {
+    note(usage_error(app, e, argc, argv));
+    return kBadUsage;
+  }
+  if (std::fflush(stdout) != 0)
+    throw Error({"cannot write to standard output", "", "", "", "Check the space left, or the program that reads it."});
+  return session.exit_code;
+}
+
+}  // namespace
+}  // namespace lacuna::cli
+
+int main(int argc, char** argv) {
+  try {
+    return lacuna::cli::run_command(argc, argv);
+  } catch (const std::exception& e) {
+    lacuna::cli::note(e.what());
+    return lacuna::cli::kBadUsage;
+  }
+}

@@ -1,0 +1,72 @@
+// A cell's strategies on one layer of one sequence, step by step. Replay and the model runner drive the same object; they
+// differ only in where Q, K and V come from.
+#pragma once
+
+#include <memory>
+#include <vector>
+
+#include "lacuna/attention/attention.hpp"
+#include "lacuna/pipeline/evict.hpp"
+#include "lacuna/pipeline/select.hpp"
+
+namespace lacuna {
+
+/// The strategies of a cell; any may be null. No select: everything cached is read.
+struct Roles {
+  const Resolved *select = nullptr, *evict = nullptr, *allocate = nullptr;
+};
+
+struct Step {
+  std::vector<float> out;  // [num_qo_heads, queries, head_dim]
+  std::vector<float> lse;  // [num_qo_heads, queries]
+  std::vector<float> unweighted_out;  // the same set read without its log weights; empty where it has none
+  Choice choice;
+  /// choice.sets in original positions: what a cache that never evicted would call them.
+  std::vector<RowSet> position_sets;
+  AttentionWork work;
+};
+
+class LayerPipeline {
+ public:
+  /// `cache` holds the tokens so far (a fork of the dense parent); `setup` must outlive the pipeline.
+  LayerPipeline(const Roles& roles, const LayerSetup& setup, KvCache cache, const ChooseOptions& options);
+
+  /// Select and attend for the prompt, which is all that is cached.
+  Step prefill();
+  /// Tells the evict strategy of the dense prefill pass over what is cached: out, lse [num_qo_heads, queries(, head_dim)].
+  void observe_prefill(const float* out, const float* lse);
+  /// Evicts once, after the prompt up to here; later calls of step() evict again when the strategy asks for it.
+  Eviction evict_at_cut();
+  /// Appends the tokens [begin, begin + n) of the source to the cache.
+  void append(sdk::i64 begin, sdk::i64 n);
+  /// Queries [begin, end), already appended: dense over what is cached (no selection, no eviction): later queries in bulk.
+  Step read_cached(sdk::i64 begin, sdk::i64 end);
+  /// Appends token `position` and runs one decode step: select, attend, attended, and eviction if it is due.
+  Step step(sdk::i64 position, sdk::i64 step);
+
+  bool evicts_while_decoding() const { return evict_ && evict_->plan().evict_every > 0; }
+  const KvCache& cache() const { return cache_; }
+  const StrategyRuntime* select() const { return select_.get(); }
+  const StrategyRuntime* evict() const { return evict_.get(); }
+  /// Selection work so far, all roles.
+  Cost selection_cost() const;
+
+ private:
+  /// `select_phase`: what the select strategy plans for; at the cut that is the decoding to come.
+  void prepare(const CallSpan& span, sdk::Phase select_phase);
+  void refresh_sides(const CallSpan& span);
+  void follow_slots();
+  Step attend_choice(const CallSpan& span, Choice choice);
+  bool dense_layer(const StrategyRuntime& runtime) const;
+
+  LayerSetup setup_;
+  QuerySource original_queries_;  // before positions = compacted turned them
+  ChooseOptions options_;
+  std::unique_ptr<StrategyRuntime> select_, evict_, allocate_;
+  KvCache cache_;
+  sdk::i64 capacity_ = -1;  // target fixed at the cut
+  bool compacted_ = false;
+  std::vector<float> turned_queries_;
+};
+
+}  // namespace lacuna

@@ -1,0 +1,109 @@
+// One strategy at work on one layer of one sequence: its instance, plan, states and sides, and the services that its roles
+// are called with.
+#pragma once
+
+#include <map>
+#include <memory>
+#include <string>
+#include <vector>
+
+#include "lacuna/kv/kv_cache.hpp"
+#include "lacuna/ops/cpu_ops.hpp"
+#include "lacuna/strategy/contract.hpp"
+#include "lacuna/strategy/instance.hpp"
+
+namespace lacuna {
+
+/// The layer's queries [num_qo_heads, tokens, head_dim] after RoPE, and what the clairvoyant may know.
+struct QuerySource {
+  const void* data = nullptr;
+  sdk::Dtype dtype = sdk::Dtype::f32;
+  sdk::i64 tokens = 0;
+  const float* dense_lse = nullptr;  // [num_qo_heads, tokens] of dense attention, for oracles
+
+  /// Queries at positions [begin, end).
+  sdk::Queries span(const sdk::Layer& layer, sdk::i64 begin, sdk::i64 end) const;
+};
+
+/// The layer's keys and values [num_kv_heads, tokens, head_dim], keys after RoPE.
+struct KvSource {
+  const void *k = nullptr, *v = nullptr;
+  sdk::Dtype dtype = sdk::Dtype::f32;
+  sdk::i64 tokens = 0;
+};
+
+/// What is the same for every call of a run on this layer.
+struct LayerSetup {
+  sdk::Layer layer{};
+  QuerySource queries;
+  KvSource kv;
+  const Rope* rope = nullptr;  // for positions = compacted
+  std::uint64_t seed = 0;
+  bool check = false;        // poison: queries after a call's own are NaN
+  sdk::i64 max_tokens = 0;   // longest the sequence gets
+};
+
+/// The queries of one call.
+struct CallSpan {
+  sdk::Phase phase;
+  sdk::i64 step;                // -1 in prefill
+  sdk::i64 begin, end;          // positions of the current queries
+};
+
+class StrategyRuntime {
+ public:
+  /// `role` is "select", "evict", "allocate" or "base": names the strategy's sides and errors.
+  StrategyRuntime(const Resolved& resolved, sdk::Purpose purpose, const LayerSetup& setup, std::string role);
+  ~StrategyRuntime();
+  StrategyRuntime(StrategyRuntime&&) noexcept;
+
+  const Resolved& resolved() const { return instance_.resolved(); }
+  const sdk::Entry& entry() const { return instance_.entry(); }
+  const sdk::Plan& plan() const { return plan_; }
+  const Instance& instance() const { return instance_; }
+  StrategyRuntime* base() { return base_.get(); }
+  sdk::Gqa gqa() const { return common_.gqa; }
+  Culprit culprit(const char* role) const;
+  /// Work of this strategy and its base so far.
+  Cost cost() const;
+
+  /// Calls plan() and declares its sides on the cache, the first time; a runtime works on one cache.
+  void prepare(KvCache& cache, const CallSpan& span, sdk::i64 budget_tokens);
+  /// Side granularities in tokens that index() must be told about (own and base's).
+  std::vector<sdk::i32> granularities() const;
+  /// Calls index() with the dirty units; the first time of a granularity with every unit.
+  void index(KvCache& cache, const CallSpan& span, const sdk::Dirty& dirty);
+
+  void score(KvCache& cache, const CallSpan& span, sdk::Scores& scores);
+  void mark(KvCache& cache, const CallSpan& span, const sdk::Budget& budget, sdk::Selection& selection);
+  void refine(KvCache& cache, const CallSpan& span, const sdk::Budget& budget, sdk::Selection& selection);
+  void allocate_layers(KvCache& cache, const CallSpan& span, sdk::LayerBudget& budget);
+  void allocate_rows(KvCache& cache, const CallSpan& span, const sdk::Scores* scores, sdk::Budget& budget);
+  void retain(KvCache& cache, const CallSpan& span, const sdk::Budget& budget, sdk::Kept& kept);
+  void attended(KvCache& cache, const CallSpan& span, const sdk::Attended& attended);
+
+  /// Replaces the queries (positions = compacted turns them with their slots).
+  void set_queries(const QuerySource& queries);
+
+  bool wants_attended() const { return instance_.has_attended() || (base_ && base_->wants_attended()); }
+
+ private:
+  class Services;
+  template <class F> void call(KvCache& cache, const CallSpan& span, F f);
+  void check_plan() const;
+
+  LayerSetup setup_;
+  sdk::Purpose purpose_;
+  std::string role_;
+  Instance instance_;
+  sdk::Common common_;
+  std::unique_ptr<StrategyRuntime> base_;
+  sdk::Plan plan_{};
+  bool planned_ = false;
+  std::map<std::string, std::vector<std::byte>> states_;
+  std::map<sdk::i32, bool> indexed_;
+  std::vector<std::byte> workspace_;
+  Cost cost_;
+};
+
+}  // namespace lacuna

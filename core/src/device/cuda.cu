@@ -1,0 +1,112 @@
+// One GPU and one stream of it. Plain cudaMalloc: the arrays of a replay are few, large and long-lived, and cudaFree
+// waits for the work that may still read them. No fmt here: nvcc 13 cannot evaluate fmt 9's compile-time check of
+// formats.
+#include <cuda_runtime.h>
+
+#include <string>
+
+#include "lacuna/base/error.hpp"
+#include "lacuna/device/device.hpp"
+
+namespace lacuna {
+namespace {
+
+std::string name_of(int index) { return "cuda:" + std::to_string(index); }
+
+void check(cudaError_t status, const char* call, int index) {
+  if (status == cudaSuccess) return;
+  cudaGetLastError();  // a failed call must not fail the next kernel launch
+  throw Error({std::string(call) + " failed", "", cudaGetErrorString(status), name_of(index), ""});
+}
+
+class CudaDevice final : public Device {
+ public:
+  explicit CudaDevice(int index) : index_(index) {
+    use();
+    check(cudaStreamCreateWithFlags(&stream_, cudaStreamNonBlocking), "cudaStreamCreate", index_);
+  }
+  CudaDevice(const CudaDevice&) = delete;
+  CudaDevice& operator=(const CudaDevice&) = delete;
+  ~CudaDevice() override {
+    cudaSetDevice(index_);
+    cudaStreamDestroy(stream_);
+  }
+
+  bool on_device() const override { return true; }
+
+  std::string describe() const override {
+    cudaDeviceProp p{};
+    check(cudaGetDeviceProperties(&p, index_), "cudaGetDeviceProperties", index_);
+    return std::string(p.name) + ", sm_" + std::to_string(p.major) + std::to_string(p.minor) + ", " +
+           std::to_string(p.multiProcessorCount) + " SMs, " + std::to_string(p.totalGlobalMem >> 30) + " GiB";
+  }
+
+  void* allocate(std::size_t bytes) override {
+    use();
+    void* pointer = nullptr;
+    if (const cudaError_t status = cudaMalloc(&pointer, bytes > 0 ? bytes : 1); status != cudaSuccess) {
+      if (status != cudaErrorMemoryAllocation) check(status, "cudaMalloc", index_);
+      cudaGetLastError();
+      std::size_t free_bytes = 0, total_bytes = 0;
+      check(cudaMemGetInfo(&free_bytes, &total_bytes), "cudaMemGetInfo", index_);
+      throw Error({"out of device memory", std::to_string(bytes) + " bytes",
+                   std::to_string(free_bytes) + " of " + std::to_string(total_bytes) + " bytes free", name_of(index_),
+                   "Use a shorter trace, a smaller page pool or one worker a GPU."});
+    }
+    return pointer;
+  }
+  void release(void* pointer) noexcept override {
+    cudaSetDevice(index_);
+    cudaFree(pointer);
+  }
+
+  void copy_in(void* device, const void* host, std::size_t bytes) override {
+    transfer(device, host, bytes, cudaMemcpyHostToDevice);
+  }
+  void copy_out(void* host, const void* device, std::size_t bytes) override {
+    transfer(host, device, bytes, cudaMemcpyDeviceToHost);
+    synchronize();
+  }
+  void copy(void* to, const void* from, std::size_t bytes) override {
+    transfer(to, from, bytes, cudaMemcpyDeviceToDevice);
+  }
+  void fill(void* device, int byte, std::size_t bytes) override {
+    use();
+    check(cudaMemsetAsync(device, byte, bytes, stream_), "cudaMemsetAsync", index_);
+  }
+  void* stream() const override { return stream_; }
+  void synchronize() override {
+    use();
+    check(cudaStreamSynchronize(stream_), "cudaStreamSynchronize", index_);
+  }
+
+ private:
+  // The current device belongs to the thread, and a caller may come from any.
+  void use() const { check(cudaSetDevice(index_), "cudaSetDevice", index_); }
+
+  void transfer(void* to, const void* from, std::size_t bytes, cudaMemcpyKind kind) {
+    use();
+    check(cudaMemcpyAsync(to, from, bytes, kind, stream_), "cudaMemcpyAsync", index_);
+  }
+
+  int index_;
+  cudaStream_t stream_ = nullptr;
+};
+
+}  // namespace
+
+std::shared_ptr<Device> cuda_device(int index) {
+  int count = 0;
+  if (const cudaError_t status = cudaGetDeviceCount(&count); status != cudaSuccess) {
+    cudaGetLastError();
+    throw Error({"no usable GPU", "an NVIDIA GPU with a driver for this CUDA", cudaGetErrorString(status), "",
+                 "Use device = \"cpu\", or install the driver."});
+  }
+  if (index < 0 || index >= count) {
+    throw Error({"no such GPU", "an index below " + std::to_string(count), std::to_string(index), "",
+                 "Choose a device that nvidia-smi lists and CUDA_VISIBLE_DEVICES does not hide."});
+  }
+  return std::make_shared<CudaDevice>(index);
+}
+
+}  // namespace lacuna

@@ -1,0 +1,164 @@
+#include "lacuna/pipeline/evict.hpp"
+
+#include <algorithm>
+#include <cmath>
+#include <limits>
+#include <numeric>
+
+#include "lacuna/base/error.hpp"
+#include "lacuna/pipeline/budget.hpp"
+#include "pipeline/rows.hpp"
+
+namespace lacuna {
+using namespace sdk;
+
+namespace {
+constexpr float kNone = -std::numeric_limits<float>::infinity();
+
+std::vector<i32> everything(i32 length) {
+  std::vector<i32> all(static_cast<std::size_t>(length));
+  std::iota(all.begin(), all.end(), 0);
+  return all;
+}
+
+/// The first `sinks` and last `recent` of `length` slots.
+std::vector<i32> ends(i32 length, i32 sinks, i32 recent) {
+  std::vector<i32> out;
+  for (i32 i = 0; i < length; ++i)
+    if (i < sinks || i >= length - recent) out.push_back(i);
+  return out;
+}
+
+std::vector<i32> keep_best(const float* value, i32 length, i64 tokens, i32 sinks, i32 recent) {
+  std::vector<i32> kept = ends(length, sinks, recent);
+  std::vector<float> candidate(value, value + length);
+  for (const i32 i : kept) candidate[static_cast<std::size_t>(i)] = kNone;
+  const std::vector<i32> best = top_units(candidate, std::max<i64>(tokens - static_cast<i64>(kept.size()), kept.empty() ? 1 : 0));
+  kept.insert(kept.end(), best.begin(), best.end());
+  std::sort(kept.begin(), kept.end());
+  return kept;
+}
+
+}  // namespace
+
+Eviction decide_eviction(StrategyRuntime* strategy, StrategyRuntime* allocator, KvCache& cache, const LayerSetup& setup, const CallSpan& span,
+                         i64 capacity, const ChooseOptions& options) {
+  const Layer& layer = setup.layer;
+  const Paged kv = cache.view();
+  const i32 heads = layer.num_kv_heads;
+  Eviction out;
+  const BudgetSpec none;
+  const BudgetSpec& budget_spec = strategy ? strategy->resolved().budget : none;
+  const Plan empty_plan{};
+  const Plan& plan = strategy ? strategy->plan() : empty_plan;
+  const i64 cached = kv.max_length;
+  out.limited = budget_spec.kind != BudgetSpec::Kind::none;
+  if (budget_spec.kind == BudgetSpec::Kind::mass)
+    throw lacuna::Error(Problem{"an eviction cannot be given by mass", "density, tokens or units", "mass", "the evict role", "change the budget"});
+  if (strategy && !out.limited && strategy->entry().takes_budget && !(allocator && allocator->instance().has_allocate_rows()))
+    throw lacuna::Error(Problem{std::string("strategy '") + strategy->entry().name + "' needs a budget", "density, tokens or units", "none", "the evict role",
+                                "give the role density = ..., or the scenario a [budget]"});
+  out.mean_tokens = capacity >= 0 ? capacity : std::min(cached, cached_tokens_target(budget_spec, cached, 1));
+  out.target_tokens = out.mean_tokens;
+  out.allocated_mean = static_cast<double>(out.mean_tokens);
+  if (allocator && allocator->instance().has_allocate_layers() && out.limited && capacity < 0) {
+    std::vector<double> tokens(static_cast<std::size_t>(layer.num_layers), static_cast<double>(out.mean_tokens));
+    LayerBudget layers{layer.num_layers, out.mean_tokens, cached, std::max(plan.sinks, 0) + std::max(plan.recent, 0), tokens.data()};
+    allocator->allocate_layers(cache, span, layers);
+    for (const double t : tokens)
+      if (!(t >= 0))
+        throw lacuna::Error(Problem{std::string("allocator '") + allocator->entry().name + "' gave a layer an impossible target", "a number of at least 0",
+                                    std::to_string(t), "role allocate_layers", "fix allocate_layers()"});
+    out.allocated_mean = std::accumulate(tokens.begin(), tokens.end(), 0.0) / static_cast<double>(tokens.size());
+    out.target_tokens = std::min(cached, round_half_up(tokens[static_cast<std::size_t>(layer.index)]));
+  }
+
+  const bool per_query_head = strategy && plan.per_query_head != 0;
+  const bool unite = strategy && strategy->gqa() == Gqa::union_;
+  const bool ranked_per_head = per_query_head && unite;
+  const Rows scored{1, per_query_head ? layer.num_qo_heads : heads, 0, 1, 1, per_query_head, span.end - span.begin, span.begin};
+  Rows rows = scored;
+  if (!ranked_per_head) rows.heads = heads, rows.per_query_head = 0;
+
+  std::vector<float> values;
+  Scores scores{rows, nullptr, cached, static_cast<i32>(cached), 1, out.limited ? out.target_tokens : -1};
+  const bool explicit_retain = strategy && strategy->instance().has_retain();
+  if (strategy && strategy->instance().has_score() && !(explicit_retain && !allocator)) {
+    values.assign(static_cast<std::size_t>(scored.count() * cached), kNone);
+    scores.rows = scored;
+    scores.value = values.data();
+    strategy->score(cache, span, scores);
+    if (options.check) check_scores(strategy->culprit("score"), scores, plan.score_kind, static_cast<double>(cached));
+    if (per_query_head && !ranked_per_head) {
+      values = reduce_rows(values, layer, 1, cached, strategy->gqa());
+      scores.rows = rows;
+    }
+    scores.value = values.data();
+    if (allocator && allocator->instance().has_allocate_rows() && !strategy->entry().comparable_across_heads) {
+      std::vector<i64> count;
+      for (i64 r = 0; r < rows.count(); ++r) count.push_back(kv.length[rows.kv_row(r, heads)]);
+      rank_normalise(values.data(), rows.count(), cached, count);
+      out.rank_normalised = true;
+    }
+    if (options.keep_scores) out.scores = values, out.scores_rows = rows.count();
+  }
+
+  OwnedBudget owned(rows);
+  Budget& budget = owned.view();
+  budget.limited = out.limited;
+  budget.sinks = plan.sinks;
+  budget.recent = plan.recent;
+  // An allocator shares out the whole target, also what a head that is shorter by now leaves of its own.
+  const bool shared_out = allocator && allocator->instance().has_allocate_rows();
+  for (i64 r = 0; r < rows.count(); ++r)
+    budget.tokens[r] = budget.pairs[r] = shared_out ? out.target_tokens : std::min<i64>(out.target_tokens, kv.length[rows.kv_row(r, heads)]);
+  if (shared_out) {
+    i64 total = 0;
+    for (i64 r = 0; r < rows.count(); ++r) total += budget.pairs[r];
+    allocator->allocate_rows(cache, span, scores.value ? &scores : nullptr, budget);
+    if (options.check) check_budget(allocator->culprit("allocate_rows"), budget, total);
+    for (i64 r = 0; r < rows.count(); ++r) budget.tokens[r] = budget.pairs[r];
+  }
+
+  out.kept.resize(static_cast<std::size_t>(heads));
+  if (explicit_retain && !scores.value) {
+    OwnedSelection room(rows, 0, 0, cached, false);
+    Kept kept{room.view()};
+    strategy->retain(cache, span, budget, kept);
+    if (options.check) check_kept(strategy->culprit("retain"), kept, kv.length);
+    for (i64 r = 0; r < rows.count(); ++r) {
+      auto& list = out.kept[static_cast<std::size_t>(rows.kv_row(r, heads))];
+      const i32* t = kept.set.tokens + r * kept.set.token_capacity;
+      list.insert(list.end(), t, t + kept.set.token_count[r]);
+    }
+  } else {
+    for (i64 r = 0; r < rows.count(); ++r) {
+      const i64 head = rows.kv_row(r, heads);
+      const i32 length = kv.length[head];
+      auto& list = out.kept[static_cast<std::size_t>(head)];
+      const Rule rule = static_cast<Rule>(budget.rule[r]);
+      std::vector<i32> kept;
+      if (rule == Rule::full || (rule == Rule::ranked && (!out.limited || budget.tokens[r] >= length))) kept = everything(length);
+      else if (rule == Rule::window) kept = ends(length, budget.window_sinks[r], budget.window_recent[r]);
+      else if (rule == Rule::none) kept = ends(length, plan.sinks, plan.recent);
+      else if (!scores.value)
+        throw lacuna::Error(Problem{std::string("allocator '") + (allocator ? allocator->entry().name : "?") + "' leaves a head to be ranked, and nothing ranks it",
+                                    "an evict strategy beside it", "none", "the cell's evict role", "add evict = {name = ...}"});
+      else {
+        out.floor |= static_cast<i64>(ends(length, plan.sinks, plan.recent).size()) > budget.tokens[r];
+        kept = keep_best(scores.value + r * cached, length, budget.tokens[r], plan.sinks, plan.recent);
+      }
+      list.insert(list.end(), kept.begin(), kept.end());
+    }
+  }
+  for (std::size_t h = 0; h < out.kept.size(); ++h) {
+    auto& list = out.kept[h];
+    std::sort(list.begin(), list.end());
+    list.erase(std::unique(list.begin(), list.end()), list.end());
+    out.kept_tokens += static_cast<double>(list.size());
+    out.cached_tokens += kv.length[h];
+  }
+  return out;
+}
+
+}  // namespace lacuna

@@ -1,0 +1,308 @@
+#include "lacuna/pipeline/runtime.hpp"
+
+#include <algorithm>
+#include <cstring>
+#include <iterator>
+#include <limits>
+#include <list>
+
+#include "lacuna/base/error.hpp"
+
+namespace lacuna {
+using namespace sdk;
+
+Queries QuerySource::span(const Layer& layer, i64 begin, i64 end) const {
+  Queries q{};
+  q.dtype = dtype;
+  q.seqs = 1;
+  q.heads = layer.num_qo_heads;
+  q.head_dim = layer.head_dim;
+  q.count = end - begin;
+  q.first_position = begin;
+  q.row_stride = layer.head_dim;
+  q.head_stride = tokens * layer.head_dim;
+  q.seq_stride = q.head_stride * layer.num_qo_heads;
+  q.data = static_cast<const std::byte*>(data) + begin * layer.head_dim * size_of(dtype);
+  return q;
+}
+
+namespace {
+constexpr i64 kAlignment = 256;
+
+i32 report(sdk::Error* error, const std::string& text) {
+  error->code = 1;
+  std::snprintf(error->text, sizeof error->text, "%s", text.c_str());
+  return 1;
+}
+
+i64 splitmix(i64 x) {
+  std::uint64_t z = static_cast<std::uint64_t>(x) + 0x9e3779b97f4a7c15ull;
+  z = (z ^ (z >> 30)) * 0xbf58476d1ce4e5b9ull;
+  z = (z ^ (z >> 27)) * 0x94d049bb133111ebull;
+  return static_cast<i64>(z ^ (z >> 31));
+}
+}  // namespace
+
+/// The core's side of one call.
+class StrategyRuntime::Services final : public sdk::Services {
+ public:
+  Services(StrategyRuntime& self, KvCache& cache, const CallSpan& span) : self_(self), cache_(cache), span_(span), ops_(call_, self.cost_) {
+    call_.layer = self.setup_.layer;
+    call_.phase = span.phase;
+    call_.purpose = self.purpose_;
+    call_.step = span.step;
+    call_.num_seqs = 1;
+    call_.kv = cache.view();
+    call_.gqa = self.common_.gqa;
+    call_.random.key = static_cast<u64>(splitmix(static_cast<i64>(self.setup_.seed) * 1000003 + self.setup_.layer.index));
+    call_.random.step = static_cast<u64>(span.step + 1);
+  }
+
+  const Call& call() const noexcept override { return call_; }
+  Ops& ops() noexcept override { return ops_; }
+
+  i32 array(ArrayKind kind, const char* name, i64 bytes, Array* out, sdk::Error* error) noexcept override try {
+    switch (kind) {
+      case ArrayKind::side: *out = cache_.side(self_.role_ + "/" + name); return 0;
+      case ArrayKind::state: return state(name, out, error);
+      case ArrayKind::workspace: return carve(bytes, out, error);
+    }
+    return report(error, "unknown kind of array");
+  } catch (const std::exception& e) {
+    return report(error, e.what());
+  }
+
+  i32 queries(Span span, i64 n, Queries* out, sdk::Error* error) noexcept override try {
+    i64 begin = span_.begin;
+    if (span == Span::seen) begin = 0;
+    if (span == Span::last) begin = std::max<i64>(0, span_.end - n);
+    *out = self_.setup_.queries.span(self_.setup_.layer, begin, span_.end);
+    if (self_.setup_.check) poison(out);
+    return 0;
+  } catch (const std::exception& e) {
+    return report(error, e.what());
+  }
+
+  i32 oracle_mass(Scores* out, sdk::Error* error) noexcept override try {
+    if (!self_.entry().clairvoyant) return report(error, "asks for the true mass without declaring clairvoyant");
+    if (self_.purpose_ == Purpose::select) {
+      ops_.unit_mass(self_.setup_.queries.span(self_.setup_.layer, span_.begin, span_.end), *out);
+      return 0;
+    }
+    return future_mass(out, error);
+  } catch (const std::exception& e) {
+    return report(error, e.what());
+  }
+
+  i32 base_scores(Scores* out, sdk::Error* error) noexcept override try {
+    if (!self_.base_) return report(error, "asks for a base without being a wrapper");
+    self_.base_->score(cache_, span_, *out);
+    return 0;
+  } catch (const std::exception& e) {
+    return report(error, e.what());
+  }
+
+  void charge(double bytes, double flops) noexcept override {
+    self_.cost_.bytes += bytes;
+    self_.cost_.flops += flops;
+  }
+
+ private:
+  i32 state(const char* name, Array* out, sdk::Error* error) {
+    for (i32 i = 0; i < self_.plan_.num_states; ++i) {
+      const State& declared = self_.plan_.states[i];
+      if (std::strcmp(declared.name, name) != 0) continue;
+      auto& bytes = self_.states_[name];
+      bytes.resize(static_cast<std::size_t>(declared.elements * size_of(declared.dtype)));
+      *out = Array{bytes.data(), declared.dtype, 2, {1, declared.elements, 0, 0}, {declared.elements, 1, 0, 0}};
+      return 0;
+    }
+    return report(error, std::string("state '") + name + "' was not declared in plan()");
+  }
+
+  i32 carve(i64 bytes, Array* out, sdk::Error* error) {
+    const i64 size = (std::max<i64>(bytes, 1) + kAlignment - 1) / kAlignment * kAlignment;
+    if (used_ + size > self_.plan_.workspace_bytes)
+      return report(error, "workspace of " + std::to_string(self_.plan_.workspace_bytes) + " bytes asked for in plan() is " +
+                               std::to_string(used_ + size - self_.plan_.workspace_bytes) + " bytes short");
+    auto base = reinterpret_cast<std::uintptr_t>(self_.workspace_.data());
+    base = (base + kAlignment - 1) / kAlignment * kAlignment + static_cast<std::uintptr_t>(used_);
+    std::memset(reinterpret_cast<void*>(base), 0, static_cast<std::size_t>(size));
+    used_ += size;
+    *out = Array{reinterpret_cast<void*>(base), Dtype::u8, 1, {bytes, 0, 0, 0}, {1, 0, 0, 0}};
+    return 0;
+  }
+
+  /// A copy of the legal queries with NaN after each head's last one, so that reading on is seen.
+  void poison(Queries* q) {
+    const i64 d = q->head_dim, rows = q->count + 1;
+    auto& copy = poisoned_.emplace_back(static_cast<std::size_t>(q->heads * rows * d), std::numeric_limits<float>::quiet_NaN());
+    for (i64 h = 0; h < q->heads; ++h)
+      for (i64 i = 0; i < q->count; ++i)
+        for (i64 c = 0; c < d; ++c) copy[static_cast<std::size_t>((h * rows + i) * d + c)] = q->at(0, h, i, c);
+    q->data = copy.data();
+    q->dtype = Dtype::f32;
+    q->head_stride = rows * d;
+    q->seq_stride = q->heads * rows * d;
+  }
+
+  /// Eviction's truth: the dense mass that the queries still to come put on each cached token.
+  i32 future_mass(Scores* out, sdk::Error* error) {
+    const QuerySource& source = self_.setup_.queries;
+    const Layer& layer = self_.setup_.layer;
+    if (!source.dense_lse) return report(error, "no later queries are known here");
+    const i64 begin = span_.end, count = source.tokens - begin;
+    std::vector<float> lse(static_cast<std::size_t>(layer.num_qo_heads * std::max<i64>(count, 1)));
+    for (i32 h = 0; h < layer.num_qo_heads; ++h)
+      std::copy_n(source.dense_lse + h * source.tokens + begin, count, lse.data() + h * count);
+    std::vector<float> columns(static_cast<std::size_t>(layer.num_qo_heads * out->stride), 0.f);
+    if (count > 0) {
+      const Attended later{nullptr, source.span(layer, begin, source.tokens), nullptr, lse.data()};
+      if (const i32 code = ops_.read_mass(later, columns.data(), out->stride, error)) return code;
+    }
+    if (out->rows.per_query_head) {
+      std::copy(columns.begin(), columns.end(), out->value);
+      return 0;
+    }
+    return ops_.group_reduce(columns.data(), out->value, out->units, out->stride, Reduce::sum, error);
+  }
+
+  StrategyRuntime& self_;
+  KvCache& cache_;
+  CallSpan span_;
+  Call call_{};
+  CpuOps ops_;
+  i64 used_ = 0;
+  std::list<std::vector<float>> poisoned_;  // each is good until the call ends
+};
+
+template <class F> void StrategyRuntime::call(KvCache& cache, const CallSpan& span, F f) {
+  Services services(*this, cache, span);
+  f(services);
+}
+
+StrategyRuntime::StrategyRuntime(const Resolved& resolved, Purpose purpose, const LayerSetup& setup, std::string role)
+    : setup_(setup), purpose_(purpose), role_(std::move(role)), instance_(resolved), common_(resolved.common()) {
+  if (resolved.base) base_ = std::make_unique<StrategyRuntime>(*resolved.base, purpose, setup, role_ + "-base");
+}
+StrategyRuntime::~StrategyRuntime() = default;
+StrategyRuntime::StrategyRuntime(StrategyRuntime&&) noexcept = default;
+
+Cost StrategyRuntime::cost() const {
+  Cost total = cost_;
+  if (base_) {
+    const Cost b = base_->cost();
+    total.bytes += b.bytes;
+    total.flops += b.flops;
+  }
+  return total;
+}
+
+void StrategyRuntime::set_queries(const QuerySource& queries) {
+  if (base_) base_->set_queries(queries);
+  setup_.queries = queries;
+}
+
+Culprit StrategyRuntime::culprit(const char* role) const { return {entry().name, role, setup_.layer.index}; }
+
+void StrategyRuntime::check_plan() const {
+  constexpr i64 kMost = static_cast<i64>(std::size(Plan{}.sides)), kAny = std::numeric_limits<i64>::max();
+  const auto within = [&](const char* what, i64 found, i64 lo, i64 hi) {
+    if (found >= lo && found <= hi) return;
+    throw lacuna::Error(Problem{std::string("strategy '") + entry().name + "' plans an impossible " + what,
+                                hi == kAny ? "at least " + std::to_string(lo) : std::to_string(lo) + ".." + std::to_string(hi),
+                                std::to_string(found), "role plan", "fix plan()"});
+  };
+  within("q_tile", plan_.q_tile, 1, kAny);
+  within("unit_tokens", plan_.unit_tokens, 1, kAny);
+  within("sinks", plan_.sinks, 0, kAny);
+  within("recent", plan_.recent, 0, kAny);
+  within("workspace_bytes", plan_.workspace_bytes, 0, kAny);
+  within("num_sides", plan_.num_sides, 0, kMost);
+  within("num_states", plan_.num_states, 0, kMost);
+}
+
+void StrategyRuntime::prepare(KvCache& cache, const CallSpan& span, i64 budget_tokens) {
+  if (base_) base_->prepare(cache, span, -1);
+  if (!planned_) {
+    plan_ = Plan{};
+    plan_.q_tile = 64;
+    plan_.unit_tokens = 1;
+    plan_.per_query_head = 1;
+    plan_.sinks = common_.sinks;
+    plan_.recent = common_.recent;
+    plan_.max_pieces = plan_.max_tokens = -1;
+    plan_.threshold = -1;
+    plan_.default_units = -1;
+    plan_.max_cached = setup_.max_tokens;
+    plan_.budget_tokens = budget_tokens;
+    if (entry().plan) call(cache, span, [&](Services& s) { instance_.plan(s, plan_); });
+    check_plan();
+    if (span.phase == Phase::decode || purpose_ == Purpose::evict) plan_.q_tile = 1;
+    if (purpose_ == Purpose::evict) plan_.unit_tokens = 1;
+    workspace_.resize(static_cast<std::size_t>(plan_.workspace_bytes + 2 * kAlignment));
+    planned_ = true;
+    for (i32 i = 0; i < plan_.num_sides; ++i) {
+      const std::string name = role_ + "/" + plan_.sides[i].name;
+      Side side = plan_.sides[i];
+      side.name = name.c_str();
+      cache.add_side(side);
+    }
+  }
+}
+
+std::vector<i32> StrategyRuntime::granularities() const {
+  std::vector<i32> out = base_ ? base_->granularities() : std::vector<i32>{};
+  if (instance_.has_index())
+    for (i32 i = 0; i < plan_.num_sides; ++i) out.push_back(plan_.sides[i].per == SidePer::token ? 1 : plan_.sides[i].unit_tokens);
+  std::sort(out.begin(), out.end());
+  out.erase(std::unique(out.begin(), out.end()), out.end());
+  return out;
+}
+
+void StrategyRuntime::index(KvCache& cache, const CallSpan& span, const Dirty& dirty) {
+  if (base_) base_->index(cache, span, dirty);
+  if (!instance_.has_index()) return;
+  bool mine = false;
+  for (i32 i = 0; i < plan_.num_sides; ++i)
+    mine |= (plan_.sides[i].per == SidePer::token ? 1 : plan_.sides[i].unit_tokens) == dirty.unit_tokens;
+  if (!mine) return;
+  if (indexed_[dirty.unit_tokens]) {
+    if (dirty.max_units > 0) call(cache, span, [&](Services& s) { instance_.index(s, dirty); });
+    return;
+  }
+  indexed_[dirty.unit_tokens] = true;
+  const Paged kv = cache.view();
+  std::vector<i32> begin(static_cast<std::size_t>(kv.rows), 0), end(begin);
+  Dirty all{kv.rows, dirty.unit_tokens, begin.data(), end.data(), 0};
+  for (i32 r = 0; r < kv.rows; ++r) {
+    end[static_cast<std::size_t>(r)] = (kv.length[r] + dirty.unit_tokens - 1) / dirty.unit_tokens;
+    all.max_units = std::max(all.max_units, end[static_cast<std::size_t>(r)]);
+  }
+  if (all.max_units > 0) call(cache, span, [&](Services& s) { instance_.index(s, all); });
+}
+
+void StrategyRuntime::score(KvCache& cache, const CallSpan& span, Scores& scores) {
+  call(cache, span, [&](Services& s) { instance_.score(s, scores); });
+}
+void StrategyRuntime::mark(KvCache& cache, const CallSpan& span, const Budget& budget, Selection& selection) {
+  call(cache, span, [&](Services& s) { instance_.mark(s, budget, selection); });
+}
+void StrategyRuntime::refine(KvCache& cache, const CallSpan& span, const Budget& budget, Selection& selection) {
+  call(cache, span, [&](Services& s) { instance_.refine(s, budget, selection); });
+}
+void StrategyRuntime::allocate_layers(KvCache& cache, const CallSpan& span, LayerBudget& budget) {
+  call(cache, span, [&](Services& s) { instance_.allocate_layers(s, budget); });
+}
+void StrategyRuntime::allocate_rows(KvCache& cache, const CallSpan& span, const Scores* scores, Budget& budget) {
+  call(cache, span, [&](Services& s) { instance_.allocate_rows(s, scores, budget); });
+}
+void StrategyRuntime::retain(KvCache& cache, const CallSpan& span, const Budget& budget, Kept& kept) {
+  call(cache, span, [&](Services& s) { instance_.retain(s, budget, kept); });
+}
+void StrategyRuntime::attended(KvCache& cache, const CallSpan& span, const Attended& attended) {
+  if (base_ && base_->wants_attended()) base_->attended(cache, span, attended);
+  if (instance_.has_attended()) call(cache, span, [&](Services& s) { instance_.attended(s, attended); });
+}
+
+}  // namespace lacuna
