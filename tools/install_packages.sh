@@ -9,7 +9,7 @@ packages=(
 )
 case "${1:-}" in
   "") ;;
-  --tests) packages+=(doctest-dev libbenchmark-dev libopenblas-dev pkg-config python3 clang clang-format libomp-dev) ;;
+  --tests) packages+=(doctest-dev libbenchmark-dev libopenblas-dev pkg-config python3 python3-numpy clang clang-format libomp-dev) ;;
   *)
     echo "usage: $0 [--tests]" >&2
     exit 2

@@ -107,6 +107,9 @@ struct Ada : Strategy {
     c.topk(ranked, rows.seqs, heads * units, pool, wanted, list, chosen, heads * units);
 
     c.for_each(rows.seqs, [=] LACUNA_HD(i64 seq) {
+      bool all = true;  // whole units could not say that every head keeps all it has
+      for (i64 row = seq * heads; row < (seq + 1) * heads; ++row) all = all && tokens[row] >= kv.length[rows.kv_row(row, heads_kv)];
+      if (all) return;
       i64 next = 0, over = 0;
       for (i64 head = 0; head < heads; ++head) {
         const i64 row = seq * heads + head, before = next;
@@ -121,7 +124,7 @@ struct Ada : Strategy {
         double gain = -1;
         for (i64 row = seq * heads; row < (seq + 1) * heads; ++row) {
           const double g = tokens[row] - (taken[row] * (1 - share) + least[row]);
-          if (tokens[row] > 0 && g >= gain) {
+          if (tokens[row] > 0 && g >= gain - 1e-9) {  // equal up to the rounding of decimal shares: the last head gives
             gain = g;
             most = row;
           }

@@ -8,7 +8,7 @@ namespace {
 constexpr i32 kHeadDim = 8;
 
 std::shared_ptr<PagePool> make_pool(i64 pages, i32 page_size = 16, Dtype dtype = Dtype::f32, bool poison = true) {
-  return std::make_shared<PagePool>(cpu_device(), page_size, kHeadDim, dtype, pages, poison);
+  return std::make_shared<PagePool>(test_device(), page_size, kHeadDim, dtype, pages, poison);
 }
 
 struct Filled {
@@ -35,10 +35,13 @@ TEST_CASE("append converts every pair of element types as the sdk rounds") {
       for (std::size_t i = 0; i < x.size(); ++i) x[i] = rounded(std::sin(static_cast<float>(i)) * 3, from);
       std::vector<u16> half(x.size());
       for (std::size_t i = 0; i < x.size(); ++i) half[i] = from == Dtype::bf16 ? sdk::to_bf16(x[i]) : sdk::to_f16(x[i]);
-      const void* data = from == Dtype::f32 ? static_cast<const void*>(x.data()) : half.data();
+      const Buffer<float> x_on_device = upload(x);
+      const Buffer<u16> half_on_device = upload(half);
+      const void* data = from == Dtype::f32 ? static_cast<const void*>(x_on_device.data()) : half_on_device.data();
       KvCache cache(make_pool(20, 16, to), 2, 100);
       cache.append(data, data, from, stride, n, 0);
-      const sdk::Paged kv = cache.view();
+      const HostView host(cache);
+      const sdk::Paged& kv = host.kv;
       i64 wrong = 0;
       for (i64 h = 0; h < 2; ++h) {
         for (i64 i = 0; i < n * kHeadDim; ++i) {
@@ -203,7 +206,7 @@ TEST_CASE("bad arguments throw and change nothing") {
   for (const auto& list : lists) CHECK_THROWS_AS(f.cache.retain(list), Error);
   CHECK_THROWS_WITH(f.cache.retain({{}, {3, 3}}), doctest::Contains("3 after 3 (KV head 1, entry 1)"));
 
-  const std::vector<float> x(2 * 4 * kHeadDim);
+  const Buffer<float> x = upload(std::vector<float>(2 * 4 * kHeadDim));
   const auto append = [&](Dtype dtype, i64 stride, i64 n, i64 first) {
     f.cache.append(x.data(), x.data(), dtype, stride, n, first);
   };
@@ -243,7 +246,8 @@ TEST_CASE("poison: freed pages, cut tails and slots past the pages read as NaN")
     f.cache.retain({{}});
     f.cache = fork.cache.fork();
     f.cache.retain({{0}});
-    const sdk::Paged kv = f.cache.view();
+    const HostView host(f.cache, 8);
+    const sdk::Paged& kv = host.kv;
     i64 finite = 0, in_use = 0;
     for (i64 slot = 0; slot < 8 * 16; ++slot) {
       const float key = sdk::load(kv.k, dtype, slot * kHeadDim), value = sdk::load(kv.v, dtype, slot * kHeadDim);
@@ -271,7 +275,8 @@ TEST_CASE("compacted positions: each key sits at its slot, once, and forks keep 
   for (i32 i = 30; i < n; ++i) kept.push_back(i);
   const auto worst = [&](const KvCache& cache) {
     double error = 0;
-    const sdk::Paged kv = cache.view();
+    const HostView host(cache);
+    const sdk::Paged& kv = host.kv;
     for (i32 s = 0; s < kv.length[0]; ++s) {
       const i32 token = kv.position_of(0, s);
       std::vector<float> row(before_rope.begin() + token * kHeadDim, before_rope.begin() + (token + 1) * kHeadDim);

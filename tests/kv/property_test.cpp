@@ -6,7 +6,7 @@
 namespace kv_test {
 namespace {
 
-constexpr i32 kHeads = 3, kHeadDim = 4, kMaxTokens = 90, kUnit = 4, kOperations = 1500;
+constexpr i32 kHeads = 3, kHeadDim = 4, kMaxTokens = 90, kUnit = 4, kOperations = kOnGpu ? 400 : 1500;
 constexpr i64 kMaxPagesOf16 = 40;  // few enough that some appends, evictions and compactions find the pool full
 
 struct Config {
@@ -24,9 +24,18 @@ float unit_sum(const std::vector<Token>& tokens, i64 unit) {
   return sum;
 }
 
-float& element(const sdk::Array& a, i64 head, i64 unit) {
-  return static_cast<float*>(a.data)[head * a.stride[0] + unit * a.stride[1]];
-}
+/// Host copy of the dirty units of each head.
+class Ranges {
+ public:
+  explicit Ranges(const sdk::Dirty& dirty)
+      : max_units(dirty.max_units), begin_(download(dirty.begin, dirty.rows)), end_(download(dirty.end, dirty.rows)) {}
+  i32 begin(i32 head) const { return begin_[static_cast<std::size_t>(head)]; }
+  i32 end(i32 head) const { return end_[static_cast<std::size_t>(head)]; }
+  const i32 max_units;
+
+ private:
+  std::vector<i32> begin_, end_;
+};
 
 struct Subject {
   KvCache cache;
@@ -39,7 +48,7 @@ class History {
   History(const Config& config, unsigned seed)
       : config_(config),
         rng_(seed),
-        pool_(std::make_shared<PagePool>(cpu_device(), config.page_size, kHeadDim, config.dtype,
+        pool_(std::make_shared<PagePool>(test_device(), config.page_size, kHeadDim, config.dtype,
                                          kMaxPagesOf16 * 16 / config.page_size, config.poison)),
         rope_(RopeConfig{}, kHeadDim) {}
 
@@ -127,45 +136,45 @@ class History {
   }
 
   void update_sides(Subject& s) {
-    const sdk::Array sum = s.cache.side("sum");
+    SideCopy<float> sum(s.cache.side("sum"));
     for (i32 h = 0; h < kHeads; ++h) {
       auto& tokens = s.model[static_cast<std::size_t>(h)];
       for (std::size_t i = 0; i < tokens.size(); ++i) {
         const float more = static_cast<float>(below(100));
-        element(sum, h, static_cast<i64>(i)) += more;
+        sum.at(h, static_cast<i64>(i)) += more;
         tokens[i].sum += more;
       }
     }
-    const sdk::Array units = s.cache.side("units");
-    const sdk::Dirty dirty = s.cache.take_dirty(kUnit);
+    sum.write_back();
+    SideCopy<float> units(s.cache.side("units"));
+    const Ranges dirty(s.cache.take_dirty(kUnit));
     for (i32 h = 0; h < kHeads; ++h) {
       const auto& tokens = s.model[static_cast<std::size_t>(h)];
-      CHECK(dirty.end[h] - dirty.begin[h] <= dirty.max_units);
-      for (i64 u = dirty.begin[h]; u < dirty.end[h]; ++u) element(units, h, u) = unit_sum(tokens, u);
+      CHECK(dirty.end(h) - dirty.begin(h) <= dirty.max_units);
+      for (i64 u = dirty.begin(h); u < dirty.end(h); ++u) units.at(h, u) = unit_sum(tokens, u);
       i64 wrong = 0;
-      for (i64 u = 0; u * kUnit < static_cast<i64>(tokens.size()); ++u)
-        wrong += element(units, h, u) != unit_sum(tokens, u);
+      for (i64 u = 0; u * kUnit < static_cast<i64>(tokens.size()); ++u) wrong += units.at(h, u) != unit_sum(tokens, u);
       CHECK(wrong == 0);
     }
+    units.write_back();
     take_tokens(s);
   }
 
   void take_tokens(Subject& s) {
-    const sdk::Dirty dirty = s.cache.take_dirty(1);
+    const Ranges dirty(s.cache.take_dirty(1));
     for (i32 h = 0; h < kHeads; ++h) {
       auto& tokens = s.model[static_cast<std::size_t>(h)];
       if (config_.rebuilt_tokens) {
-        const sdk::Array norm = s.cache.side("norm");
-        for (i64 i = dirty.begin[h]; i < dirty.end[h]; ++i)
-          element(norm, h, i) = tokens[static_cast<std::size_t>(i)].k[1];
+        SideCopy<float> norm(s.cache.side("norm"));
+        for (i64 i = dirty.begin(h); i < dirty.end(h); ++i) norm.at(h, i) = tokens[static_cast<std::size_t>(i)].k[1];
+        norm.write_back();
         i64 wrong = 0;
-        for (std::size_t i = 0; i < tokens.size(); ++i)
-          wrong += element(norm, h, static_cast<i64>(i)) != tokens[i].k[1];
+        for (std::size_t i = 0; i < tokens.size(); ++i) wrong += norm.at(h, static_cast<i64>(i)) != tokens[i].k[1];
         CHECK(wrong == 0);
       } else {  // exactly the tokens that were never taken or that were rotated since
         const auto stale = std::find_if(tokens.begin(), tokens.end(), [](const Token& t) { return !t.taken; });
-        CHECK(dirty.begin[h] == stale - tokens.begin());
-        CHECK(dirty.end[h] == static_cast<i32>(tokens.size()));
+        CHECK(dirty.begin(h) == stale - tokens.begin());
+        CHECK(dirty.end(h) == static_cast<i32>(tokens.size()));
       }
       for (Token& token : tokens) token.taken = true;
     }
@@ -181,13 +190,13 @@ class History {
     // Asking for a side un-shares it, so only one subject a step is looked at.
     if (subjects_.empty()) return;
     Subject& s = subjects_[static_cast<std::size_t>(below(static_cast<i32>(subjects_.size())))];
-    const sdk::Array sum = s.cache.side("sum");
+    SideCopy<float> sum(s.cache.side("sum"));
     i64 wrong = 0;
     for (i32 h = 0; h < kHeads; ++h) {
       const auto& tokens = s.model[static_cast<std::size_t>(h)];
-      for (std::size_t i = 0; i < tokens.size(); ++i) wrong += element(sum, h, static_cast<i64>(i)) != tokens[i].sum;
+      for (std::size_t i = 0; i < tokens.size(); ++i) wrong += sum.at(h, static_cast<i64>(i)) != tokens[i].sum;
       for (i64 i = static_cast<i64>(tokens.size()); i < kMaxTokens; ++i) {
-        const float beyond = element(sum, h, i);
+        const float beyond = sum.at(h, i);
         wrong += config_.poison ? !std::isnan(beyond) : beyond != 0;
       }
     }

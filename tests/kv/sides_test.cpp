@@ -9,26 +9,31 @@ namespace {
 constexpr i32 kHeadDim = 4;
 
 std::shared_ptr<PagePool> make_pool(bool poison = true) {
-  return std::make_shared<PagePool>(cpu_device(), 16, kHeadDim, Dtype::f32, 200, poison);
+  return std::make_shared<PagePool>(test_device(), 16, kHeadDim, Dtype::f32, 200, poison);
 }
 void append(KvCache& cache, i32 heads, i64 n, i64 first) {
   Batch(heads, kHeadDim, n, first, 1).append_to(cache, kHeadDim);
 }
 
-template <class T>
-T& element(const sdk::Array& a, i64 head, i64 unit, i64 e = 0) {
-  return static_cast<T*>(a.data)[head * a.stride[0] + unit * a.stride[1] + e * a.stride[2]];
+float element(const sdk::Array& side, i64 head, i64 unit, i64 e = 0) {
+  return SideCopy<float>(side).at(head, unit, e);
+}
+void set(const sdk::Array& side, i64 head, i64 unit, i64 e, float value) {
+  SideCopy<float> copy(side);
+  copy.at(head, unit, e) = value;
+  copy.write_back();
 }
 
 using Ranges = std::vector<std::pair<i32, i32>>;
 Ranges take(KvCache& cache, i32 unit_tokens) {
   const sdk::Dirty dirty = cache.take_dirty(unit_tokens);
   CHECK(dirty.unit_tokens == unit_tokens);
+  const std::vector<i32> begin = download(dirty.begin, dirty.rows), end = download(dirty.end, dirty.rows);
   Ranges out;
   i32 most = 0;
-  for (i32 h = 0; h < dirty.rows; ++h) {
-    out.emplace_back(dirty.begin[h], dirty.end[h]);
-    most = std::max(most, dirty.end[h] - dirty.begin[h]);
+  for (std::size_t h = 0; h < begin.size(); ++h) {
+    out.emplace_back(begin[h], end[h]);
+    most = std::max(most, end[h] - begin[h]);
   }
   CHECK(dirty.max_units == most);
   return out;
@@ -52,20 +57,22 @@ TEST_CASE("sides: shape, zeros in use, poison beyond, bytes of the units in use"
       CHECK(units.extent[1] == 7);
       CHECK(units.extent[2] == 3);
       CHECK(codes.extent[1] == 100);
+      SideCopy<float> unit(units);
+      SideCopy<u16> code(codes);
       for (i64 h = 0; h < 2; ++h) {
         for (i64 u = 0; u < 7; ++u) {
           const i64 used = h == 0 ? used_by_0 : used_by_1;
-          const float x = element<float>(units, h, u, 2);
+          const float x = unit.at(h, u, 2);
           CHECK((u < used || !poison ? x == 0 : std::isnan(x)));
         }
-        for (i64 i = 0; i < 100; ++i) CHECK(element<u16>(codes, h, i) == 0);
+        for (i64 i = 0; i < 100; ++i) CHECK(code.at(h, i) == 0);
       }
     };
     check(2, 2);
     CHECK(cache.side_bytes() == 2 * (2 * 3 * 4 + 20 * 2));
     append(cache, 2, 13, 20);
     check(3, 3);
-    element<float>(cache.side("units"), 1, 2, 2) = 5;
+    set(cache.side("units"), 1, 2, 2, 5);
     cache.retain({iota(0, 32), iota(0, 20)});
     CHECK(cache.side_bytes() == 2 * 2 * 3 * 4 + (32 + 20) * 2);
     check(2, 2);
@@ -79,19 +86,20 @@ TEST_CASE("sides that move are carried along by retain and stay up to date") {
   cache.add_side(kMoving);
   append(cache, 2, 40, 0);
   CHECK(take(cache, 1) == Ranges{{0, 40}, {0, 40}});
-  const sdk::Array before = cache.side("moving");
+  SideCopy<float> before(cache.side("moving"));
   for (i64 h = 0; h < 2; ++h) {
-    for (i64 i = 0; i < 40; ++i) element<float>(before, h, i, 1) = static_cast<float>(100 * h + i);
+    for (i64 i = 0; i < 40; ++i) before.at(h, i, 1) = static_cast<float>(100 * h + i);
   }
+  before.write_back();
   append(cache, 2, 2, 40);
   cache.retain({{1, 5, 30, 41}, iota(0, 41)});
   const sdk::Array after = cache.side("moving");
-  CHECK(element<float>(after, 0, 0, 1) == 1);
-  CHECK(element<float>(after, 0, 1, 1) == 5);
-  CHECK(element<float>(after, 0, 2, 1) == 30);
-  CHECK(element<float>(after, 0, 3, 1) == 0);  // came after the last update
-  CHECK(std::isnan(element<float>(after, 0, 4, 1)));
-  CHECK(element<float>(after, 1, 39, 1) == 139);
+  CHECK(element(after, 0, 0, 1) == 1);
+  CHECK(element(after, 0, 1, 1) == 5);
+  CHECK(element(after, 0, 2, 1) == 30);
+  CHECK(element(after, 0, 3, 1) == 0);  // came after the last update
+  CHECK(std::isnan(element(after, 0, 4, 1)));
+  CHECK(element(after, 1, 39, 1) == 139);
   CHECK(take(cache, 1) == Ranges{{3, 4}, {40, 41}});
   CHECK(take(cache, 1) == Ranges{{4, 4}, {41, 41}});
   cache.compact_positions(Rope(RopeConfig{}, kHeadDim));  // new keys: what was made of them is stale
@@ -139,23 +147,23 @@ TEST_CASE("a fork inherits sides and what is dirty; writes stay apart") {
   append(parent, 1, 20, 0);
   take(parent, 16);
   append(parent, 1, 20, 20);
-  element<float>(parent.side("moving"), 0, 3) = 1;
+  set(parent.side("moving"), 0, 3, 0, 1);
   KvCache child = parent.fork();
   CHECK(take(parent, 16) == Ranges{{1, 3}});
   CHECK(take(child, 16) == Ranges{{1, 3}});
   CHECK(take(parent, 16) == Ranges{{3, 3}});
   CHECK(child.side_bytes() == parent.side_bytes());
 
-  element<float>(child.side("moving"), 0, 3) = 2;
-  CHECK(element<float>(parent.side("moving"), 0, 3) == 1);
+  set(child.side("moving"), 0, 3, 0, 2);
+  CHECK(element(parent.side("moving"), 0, 3) == 1);
   child = parent.fork();
   child.retain({{3, 4}});
-  CHECK(element<float>(child.side("moving"), 0, 0) == 1);
-  CHECK(element<float>(parent.side("moving"), 0, 3) == 1);
-  CHECK(element<float>(parent.side("moving"), 0, 0) == 0);
+  CHECK(element(child.side("moving"), 0, 0) == 1);
+  CHECK(element(parent.side("moving"), 0, 3) == 1);
+  CHECK(element(parent.side("moving"), 0, 0) == 0);
   child = parent.fork();
   append(child, 1, 10, 40);
-  CHECK(std::isnan(element<float>(parent.side("moving"), 0, 40)));
+  CHECK(std::isnan(element(parent.side("moving"), 0, 40)));
 }
 
 TEST_CASE("bad sides throw") {

@@ -1,9 +1,12 @@
-// A naive model of the cache (vectors of tokens) and what compares the two.
+// A naive model of the cache (vectors of tokens) and what compares the two. The cases run on the CPU in one program and
+// on the GPU in another; what they read of a cache is downloaded first.
 #pragma once
 
 #include <doctest/doctest.h>
 
+#include <algorithm>
 #include <cmath>
+#include <cstddef>
 #include <memory>
 #include <random>
 #include <set>
@@ -15,7 +18,72 @@
 namespace kv_test {
 
 using namespace lacuna;
-using sdk::Dtype, sdk::i32, sdk::i64, sdk::u16;
+using sdk::Dtype, sdk::i32, sdk::i64, sdk::u16, sdk::u8;
+
+#if defined(LACUNA_GPU_TESTS)
+inline constexpr bool kOnGpu = true;
+#else
+inline constexpr bool kOnGpu = false;
+#endif
+
+/// Where the caches of this program live.
+inline std::shared_ptr<Device> test_device() {
+  static const std::shared_ptr<Device> device = kOnGpu ? cuda_device() : cpu_device();
+  return device;
+}
+
+template <class T>
+std::vector<T> download(const T* data, i64 n, Device& device = *test_device()) {
+  std::vector<T> out(static_cast<std::size_t>(n));
+  if (n > 0) device.copy_out(out.data(), data, out.size() * sizeof(T));
+  return out;
+}
+template <class T>
+Buffer<T> upload(const std::vector<T>& host, const std::shared_ptr<Device>& device = test_device()) {
+  Buffer<T> out(device, static_cast<i64>(host.size()));
+  if (!host.empty()) device->copy_in(out.data(), host.data(), host.size() * sizeof(T));
+  return out;
+}
+
+/// A cache's view over host copies. `pages`: physical ones to copy; -1: as many as the tables name.
+class HostView {
+ public:
+  explicit HostView(const KvCache& cache, i64 pages = -1, Device& device = *test_device()) : kv(cache.view()) {
+    table = download(kv.table, static_cast<i64>(kv.rows) * kv.max_pages, device);
+    length = download(kv.length, kv.rows, device);
+    if (pages < 0) pages = *std::max_element(table.begin(), table.end()) + i64{1};
+    const i64 slots = pages * kv.page_size, bytes = slots * kv.head_dim * sdk::size_of(kv.dtype);
+    position = download(kv.position, slots, device);
+    k = download(static_cast<const std::byte*>(kv.k), bytes, device);
+    v = download(static_cast<const std::byte*>(kv.v), bytes, device);
+    kv.table = table.data();
+    kv.length = length.data();
+    kv.position = position.data();
+    kv.k = k.data();
+    kv.v = v.data();
+  }
+  HostView(const HostView&) = delete;
+
+  sdk::Paged kv;
+  std::vector<i32> table, length, position;
+  std::vector<std::byte> k, v;
+};
+
+/// A host copy of a side [heads, units, elements].
+template <class T>
+class SideCopy {
+ public:
+  explicit SideCopy(const sdk::Array& array)
+      : array_(array), data_(download(static_cast<const T*>(array.data), array.extent[0] * array.stride[0])) {}
+  T& at(i64 head, i64 unit, i64 e = 0) {
+    return data_[static_cast<std::size_t>(head * array_.stride[0] + unit * array_.stride[1] + e * array_.stride[2])];
+  }
+  void write_back() { test_device()->copy_in(array_.data, data_.data(), data_.size() * sizeof(T)); }
+
+ private:
+  sdk::Array array_;
+  std::vector<T> data_;
+};
 
 /// The value that storing x in the dtype leaves.
 inline float rounded(float x, Dtype t) {
@@ -44,7 +112,8 @@ struct Batch {
     for (float& x : v) x = normal(rng);
   }
   void append_to(KvCache& cache, i32 head_dim) const {
-    cache.append(k.data(), v.data(), Dtype::f32, n * head_dim, n, first_position);
+    const Buffer<float> on_device_k = upload(k), on_device_v = upload(v);
+    cache.append(on_device_k.data(), on_device_v.data(), Dtype::f32, n * head_dim, n, first_position);
   }
   void append_to(Model& model, i32 head_dim, Dtype stored) const {
     for (std::size_t h = 0; h < model.size(); ++h) {
@@ -72,7 +141,8 @@ inline void retain(Model& model, const std::vector<std::vector<i32>>& slots) {
 
 /// Number of places where the cache and the model differ (0 is right); counting keeps the output readable.
 inline i64 differences(const KvCache& cache, const Model& model, bool poison) {
-  const sdk::Paged kv = cache.view();
+  const HostView host(cache);
+  const sdk::Paged& kv = host.kv;
   i64 wrong = kv.rows != static_cast<i32>(model.size());
   for (i32 h = 0; h < kv.rows; ++h) {
     const auto& tokens = model[static_cast<std::size_t>(h)];
@@ -99,8 +169,7 @@ inline i64 differences(const KvCache& cache, const Model& model, bool poison) {
 /// The physical pages that a cache's tables name.
 inline std::vector<i32> physical_pages(const KvCache& cache, i32 head) {
   const sdk::Paged kv = cache.view();
-  const i32 n = (kv.length[head] + kv.page_size - 1) / kv.page_size;
-  return {kv.table + head * kv.max_pages, kv.table + head * kv.max_pages + n};
+  return download(kv.table + head * kv.max_pages, (cache.length(head) + kv.page_size - 1) / kv.page_size);
 }
 inline i64 distinct_pages(const std::vector<const KvCache*>& caches) {
   std::set<i32> pages;
@@ -118,28 +187,28 @@ inline std::vector<i32> iota(i32 begin, i32 end) {
   return out;
 }
 
-/// A CPU device whose allocations can be told to fail.
+/// A device whose allocations can be told to fail.
 class FailingDevice final : public Device {
  public:
   int left = -1;  // allocations that still succeed; -1: all
 
-  bool on_device() const override { return false; }
+  bool on_device() const override { return real_->on_device(); }
   std::string describe() const override { return "a device that runs out of memory"; }
   void* allocate(std::size_t bytes) override {
     if (left == 0) throw Error({"out of memory", "", "", "", ""});
     if (left > 0) --left;
-    return cpu_->allocate(bytes);
+    return real_->allocate(bytes);
   }
-  void release(void* pointer) noexcept override { cpu_->release(pointer); }
-  void copy_in(void* to, const void* from, std::size_t bytes) override { cpu_->copy_in(to, from, bytes); }
-  void copy_out(void* to, const void* from, std::size_t bytes) override { cpu_->copy_out(to, from, bytes); }
-  void copy(void* to, const void* from, std::size_t bytes) override { cpu_->copy(to, from, bytes); }
-  void fill(void* to, int byte, std::size_t bytes) override { cpu_->fill(to, byte, bytes); }
-  void* stream() const override { return nullptr; }
-  void synchronize() override {}
+  void release(void* pointer) noexcept override { real_->release(pointer); }
+  void copy_in(void* to, const void* from, std::size_t bytes) override { real_->copy_in(to, from, bytes); }
+  void copy_out(void* to, const void* from, std::size_t bytes) override { real_->copy_out(to, from, bytes); }
+  void copy(void* to, const void* from, std::size_t bytes) override { real_->copy(to, from, bytes); }
+  void fill(void* to, int byte, std::size_t bytes) override { real_->fill(to, byte, bytes); }
+  void* stream() const override { return real_->stream(); }
+  void synchronize() override { real_->synchronize(); }
 
  private:
-  std::shared_ptr<Device> cpu_ = cpu_device();
+  std::shared_ptr<Device> real_ = test_device();
 };
 
 }  // namespace kv_test

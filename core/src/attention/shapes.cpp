@@ -37,7 +37,7 @@ void check_selection_shape(const Attention& a) {
 
 }  // namespace
 
-void check_shapes(const Attention& a) {
+void check_layout(const Attention& a) {
   const sdk::Layer& layer = a.layer;
   if (layer.num_kv_heads < 1 || layer.num_qo_heads < 1 || layer.num_qo_heads % layer.num_kv_heads != 0)
     misfit("query heads are not a multiple of KV heads", "num_qo_heads = group * num_kv_heads",
@@ -49,11 +49,15 @@ void check_shapes(const Attention& a) {
   if (a.kv.rows != a.q.seqs * layer.num_kv_heads)
     misfit("the cache has another number of rows than the queries ask for",
            fmt::format("{}", a.q.seqs * layer.num_kv_heads), fmt::format("{}", a.kv.rows));
+  if (a.read) check_selection_shape(a);
+}
+
+void check_shapes(const Attention& a) {
+  check_layout(a);
   for (i64 row = 0; row < a.kv.rows; ++row)
     if (a.kv.length[row] < a.q.count)
       misfit("the queries are not in the cache", fmt::format("at least {} cached tokens", a.q.count),
              fmt::format("{} in KV row {}", a.kv.length[row], row));
-  if (a.read) check_selection_shape(a);
 }
 
 std::vector<Reader> split_queries(const Attention& a, i64 most_lanes) {

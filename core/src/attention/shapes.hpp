@@ -11,6 +11,9 @@ namespace lacuna {
 /// Throws Error unless layer, cache, queries and selection fit together.
 void check_shapes(const Attention& a);
 
+/// check_shapes without the lengths, which may be in device memory.
+void check_layout(const Attention& a);
+
 /// Queries that read the same keys, and the selection's row that says which (-1: dense).
 struct Reader {
   TileQueries queries;

@@ -4,7 +4,6 @@
 #include <cstring>
 #include <vector>
 
-#include "lacuna/base/error.hpp"
 #include "moves.hpp"
 
 namespace lacuna {
@@ -122,9 +121,7 @@ class CpuMoves final : public Moves {
 }  // namespace
 
 std::unique_ptr<Moves> make_moves(const Device& device) {
-  if (device.on_device()) {
-    throw Error({"the KV cache cannot live on this device", "the CPU", device.describe(), "", "Use device = \"cpu\"."});
-  }
+  if (device.on_device()) return make_cuda_moves(device);
   return std::make_unique<CpuMoves>();
 }
 

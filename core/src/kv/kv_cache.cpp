@@ -33,7 +33,8 @@ void check_slots(const std::vector<i32>& slots, i64 head, i32 length) {
 
 }  // namespace
 
-/// One writer's view of a sequence. Host mirrors of the table and the lengths decide; the device's copies follow them.
+/// One writer's view of a sequence. Host mirrors of the table, the lengths and the positions decide; the device's copies
+/// follow them, so that nothing is ever read back.
 struct KvCache::Impl {
   Impl(std::shared_ptr<PagePool> pool_in, i32 heads_in, i64 max_tokens_in);
   ~Impl();
@@ -70,12 +71,16 @@ struct KvCache::Impl {
     pages.device->copy_in(device_table.data() + head * max_pages + begin, &entry(head, begin),
                           at(end - begin) * sizeof(i32));
   }
-  void upload_lengths() { pages.device->copy_in(device_length.data(), length.data(), length.size() * sizeof(i32)); }
-  i32 read_position(i64 head, i64 slot) const {
-    const i64 physical = static_cast<i64>(table[at(head * max_pages + slot / pages.page_size)]) * pages.page_size;
-    i32 position = 0;
-    pages.device->copy_out(&position, pages.position.data() + physical + slot % pages.page_size, sizeof position);
-    return position;
+  void upload_lengths() { upload(device_length.data(), length); }
+  /// Room for n elements that is kept for the next call: an eviction a step would otherwise allocate at each.
+  template <class T>
+  T* scratch(Buffer<T>& buffer, i64 n) {
+    if (buffer.size() < n) buffer = Buffer<T>(pages.device, std::max(n, 2 * buffer.size()));
+    return buffer.data();
+  }
+  template <class T>
+  void upload(T* to, const std::vector<T>& from) {
+    pages.device->copy_in(to, from.data(), from.size() * sizeof(T));
   }
 
   const std::shared_ptr<PagePool> pool;
@@ -85,9 +90,11 @@ struct KvCache::Impl {
   const i32 max_pages;
   std::vector<i32> table;                      // [heads, max_pages], null_page() past the pages in use
   std::vector<i32> length;                     // [heads]
-  std::vector<i32> last_position;              // [heads], -1 when empty
+  std::vector<std::vector<i32>> position;      // [heads][length]
   std::vector<std::vector<i32>> key_position;  // [heads][length] what each key is rotated for; empty: its own position
   Buffer<i32> device_table, device_length;
+  Buffer<i32> old_table, slot_scratch, head_scratch;
+  Buffer<i64> indptr_scratch;
   Sides sides;
 };
 
@@ -99,11 +106,11 @@ KvCache::Impl::Impl(std::shared_ptr<PagePool> pool_in, i32 heads_in, i64 max_tok
       max_pages(static_cast<i32>(pages.pages_of(max_tokens))),
       table(at(static_cast<i64>(heads) * max_pages), pages.null_page()),
       length(at(heads), 0),
-      last_position(at(heads), -1),
+      position(at(heads)),
       device_table(pages.device, static_cast<i64>(table.size())),
       device_length(pages.device, heads),
       sides(pages.device, heads, max_tokens, pages.poison) {
-  pages.device->copy_in(device_table.data(), table.data(), table.size() * sizeof(i32));
+  upload(device_table.data(), table);
   upload_lengths();
 }
 
@@ -148,7 +155,10 @@ void KvCache::append(const void* k, const void* v, Dtype dtype, i64 head_stride,
   }
   if (n == 0) return;
   const i64 last_position = first_position + n - 1;
-  const i32 newest = *std::max_element(c.last_position.begin(), c.last_position.end());
+  i32 newest = -1;
+  for (const std::vector<i32>& positions : c.position) {
+    if (!positions.empty()) newest = std::max(newest, positions.back());
+  }
   if (first_position <= newest || last_position > std::numeric_limits<i32>::max()) {
     throw Error({"bad position of appended tokens", fmt::format("from {} to 2147483647", newest + i64{1}),
                  fmt::format("{} to {}", first_position, last_position), "append", ""});
@@ -169,33 +179,37 @@ void KvCache::append(const void* k, const void* v, Dtype dtype, i64 head_stride,
   }
   Impl::Lease lease(pages, needed, "append");
   c.sides.own_for_append(c.length, n);
-  for (std::vector<i32>& carried : c.key_position) {
-    const std::size_t size = carried.size() + at(n);
-    if (size > carried.capacity()) carried.reserve(std::max(size, 2 * carried.capacity()));
+  for (auto* mirror : {&c.position, &c.key_position}) {
+    for (std::vector<i32>& positions : *mirror) {
+      const std::size_t size = positions.size() + at(n);
+      if (size > positions.capacity()) positions.reserve(std::max(size, 2 * positions.capacity()));
+    }
   }
 
   for (i64 h = 0; h < c.heads; ++h) {
     const i64 tokens = c.length[at(h)], end = pages.pages_of(tokens + n);
-    if (last_is_shared(h)) c.unshare(h, tokens / pages.page_size, lease);
+    i64 first_changed = pages.pages_of(tokens);
+    if (last_is_shared(h)) c.unshare(h, --first_changed, lease);
     for (i64 p = pages.pages_of(tokens); p < end; ++p) c.entry(h, p) = lease.take();
-    c.upload_table(h, tokens / pages.page_size, end);
+    c.upload_table(h, first_changed, end);
   }
   pages.moves->append(pages.arrays(), c.device_page_table(), c.device_length.data(),
                       {k, v, dtype, head_stride, n, first_position});
   c.sides.appended(c.length, n);
   for (i32& tokens : c.length) tokens += static_cast<i32>(n);
   c.upload_lengths();
-  std::fill(c.last_position.begin(), c.last_position.end(), static_cast<i32>(last_position));
-  for (std::vector<i32>& carried : c.key_position) {
-    for (i64 i = 0; i < n; ++i) carried.push_back(static_cast<i32>(first_position + i));
+  for (auto* mirror : {&c.position, &c.key_position}) {
+    for (std::vector<i32>& positions : *mirror) {
+      for (i64 i = 0; i < n; ++i) positions.push_back(static_cast<i32>(first_position + i));
+    }
   }
 }
 
 KvCache KvCache::fork() const {
   const Impl& from = *impl_;
   auto copy = std::make_unique<Impl>(from.pool, from.heads, from.max_tokens);
+  copy->position = from.position;
   copy->key_position = from.key_position;
-  copy->last_position = from.last_position;
   copy->sides = from.sides.fork();
   copy->pages.device->copy(copy->device_table.data(), from.device_table.data(), from.table.size() * sizeof(i32));
   copy->pages.device->copy(copy->device_length.data(), from.device_length.data(), from.length.size() * sizeof(i32));
@@ -217,7 +231,7 @@ void KvCache::retain(const std::vector<std::vector<i32>>& slots) {
   }
   std::vector<HeadChange> changes;
   std::vector<i64> indptr{0};
-  std::vector<i32> from, first_moved, last_position(c.last_position);
+  std::vector<i32> from, first_moved;
   i64 needed = 0;
   for (i64 h = 0; h < c.heads; ++h) {
     const std::vector<i32>& kept = slots[at(h)];
@@ -231,31 +245,30 @@ void KvCache::retain(const std::vector<std::vector<i32>>& slots) {
     first_moved.push_back(same);
     if (after == before) continue;
     for (i64 p = same / pages.page_size; p < pages.pages_of(after); ++p) needed += pages.shared(c.entry(h, p));
-    if (after == 0) {
-      last_position[at(h)] = -1;
-    } else if (kept.back() != before - 1) {
-      last_position[at(h)] = c.read_position(h, kept.back());  // synchronises; rare, as the newest token mostly stays
-    }
   }
   Impl::Lease lease(pages, needed, "move tokens out of shared ones");
   c.sides.own_for_retain(changes);
-  Buffer<i64> device_indptr(pages.device, static_cast<i64>(indptr.size()));
-  Buffer<i32> device_from(pages.device, static_cast<i64>(from.size())), device_first(pages.device, c.heads);
-  Buffer<i32> new_table(pages.device, static_cast<i64>(c.table.size()));
+  i64* device_indptr = c.scratch(c.indptr_scratch, static_cast<i64>(indptr.size()));
+  i32* device_from = c.scratch(c.slot_scratch, static_cast<i64>(from.size()));
+  i32* device_first = c.scratch(c.head_scratch, c.heads);
+  i32* old_table = c.scratch(c.old_table, static_cast<i64>(c.table.size()));
   std::vector<i32> released;
   released.reserve(at(this->pages()));
-  pages.device->copy_in(device_indptr.data(), indptr.data(), indptr.size() * sizeof(i64));
-  pages.device->copy_in(device_from.data(), from.data(), from.size() * sizeof(i32));
-  pages.device->copy_in(device_first.data(), first_moved.data(), first_moved.size() * sizeof(i32));
+  c.upload(device_indptr, indptr);
+  c.upload(device_from, from);
+  c.upload(device_first, first_moved);
 
-  // The old table stays on the device as the source; replaced pages live until their tokens have moved.
+  // A copy of the old table is the source; replaced pages live until their tokens have moved.
+  pages.device->copy(old_table, c.device_table.data(), c.table.size() * sizeof(i32));
   for (i64 h = 0; h < c.heads; ++h) {
     const HeadChange& change = changes[at(h)];
     if (change.after == change.before) continue;
     const i64 first = change.same / pages.page_size, end = pages.pages_of(change.after);
+    i64 first_changed = end;
     for (i64 p = first; p < end; ++p) {
       i32& page = c.entry(h, p);
       if (!pages.shared(page)) continue;
+      first_changed = std::min(first_changed, p);
       const i32 fresh = lease.take();
       if (p == first && change.same % pages.page_size != 0) pages.copy_page(fresh, page);
       released.push_back(std::exchange(page, fresh));
@@ -263,13 +276,12 @@ void KvCache::retain(const std::vector<std::vector<i32>>& slots) {
     for (i64 p = end; p < pages.pages_of(change.before); ++p) {
       released.push_back(std::exchange(c.entry(h, p), pages.null_page()));
     }
+    c.upload_table(h, first_changed, pages.pages_of(change.before));
   }
-  pages.device->copy_in(new_table.data(), c.table.data(), c.table.size() * sizeof(i32));
-  const Gather gather{c.heads, device_indptr.data(), device_from.data(), device_first.data()};
-  pages.moves->gather_pages(pages.arrays(), c.device_page_table(), {new_table.data(), c.heads, c.max_pages}, gather);
+  const Gather gather{c.heads, device_indptr, device_from, device_first};
+  pages.moves->gather_pages(pages.arrays(), {old_table, c.heads, c.max_pages}, c.device_page_table(), gather);
   c.sides.retained(changes, gather, *pages.moves);
   for (const i32 page : released) pages.release(page);
-  std::swap(c.device_table, new_table);
   for (i64 h = 0; h < c.heads; ++h) {
     const HeadChange& change = changes[at(h)];
     c.length[at(h)] = static_cast<i32>(change.after);
@@ -277,13 +289,14 @@ void KvCache::retain(const std::vector<std::vector<i32>>& slots) {
     if (change.after < change.before && tail != 0) {
       pages.poison_slots(c.entry(h, change.after / pages.page_size), static_cast<i32>(tail));
     }
-    if (c.key_position.empty()) continue;
-    std::vector<i32>& carried = c.key_position[at(h)];
-    for (i64 i = change.same; i < change.after; ++i) carried[at(i)] = carried[at(slots[at(h)][at(i)])];
-    carried.resize(at(change.after));
+    for (auto* mirror : {&c.position, &c.key_position}) {
+      if (mirror->empty()) continue;
+      std::vector<i32>& of_slot = (*mirror)[at(h)];
+      for (i64 i = change.same; i < change.after; ++i) of_slot[at(i)] = of_slot[at(slots[at(h)][at(i)])];
+      of_slot.resize(at(change.after));
+    }
   }
   c.upload_lengths();
-  c.last_position = std::move(last_position);
 }
 
 void KvCache::compact_positions(const Rope& rope) {
@@ -298,7 +311,7 @@ void KvCache::compact_positions(const Rope& rope) {
   std::vector<i32> delta;
   std::vector<std::pair<i64, i64>> shared;  // (head, logical page) to be written but not ours alone
   for (i64 h = 0; h < c.heads; ++h) {
-    const std::vector<i32> carried = c.key_position.empty() ? positions(static_cast<i32>(h)) : c.key_position[at(h)];
+    const std::vector<i32>& carried = (c.key_position.empty() ? c.position : c.key_position)[at(h)];
     at_slot[at(h)].resize(carried.size());
     std::iota(at_slot[at(h)].begin(), at_slot[at(h)].end(), 0);
     const std::size_t begin = delta.size();
@@ -313,16 +326,16 @@ void KvCache::compact_positions(const Rope& rope) {
     }
   }
   Impl::Lease lease(pages, static_cast<i64>(shared.size()), "rotate keys of shared ones");
-  Buffer<i64> device_indptr(pages.device, static_cast<i64>(indptr.size()));
-  Buffer<i32> device_delta(pages.device, static_cast<i64>(delta.size()));
-  pages.device->copy_in(device_indptr.data(), indptr.data(), indptr.size() * sizeof(i64));
-  pages.device->copy_in(device_delta.data(), delta.data(), delta.size() * sizeof(i32));
+  i64* device_indptr = c.scratch(c.indptr_scratch, static_cast<i64>(indptr.size()));
+  i32* device_delta = c.scratch(c.slot_scratch, static_cast<i64>(delta.size()));
+  c.upload(device_indptr, indptr);
+  c.upload(device_delta, delta);
 
   for (const auto& [h, p] : shared) {
     c.unshare(h, p, lease);
     c.upload_table(h, p, p + 1);
   }
-  pages.moves->rotate_keys(pages.arrays(), c.device_page_table(), device_indptr.data(), device_delta.data(), rope);
+  pages.moves->rotate_keys(pages.arrays(), c.device_page_table(), device_indptr, device_delta, rope);
   for (i32 h = 0; h < c.heads; ++h) {
     if (first_turned[at(h)] < c.length[at(h)]) c.sides.rewritten(h, first_turned[at(h)]);
   }
@@ -351,17 +364,7 @@ sdk::Paged KvCache::view() const {
 
 i64 KvCache::length(i32 head) const { return impl_->length.at(at(head)); }
 
-std::vector<i32> KvCache::positions(i32 head) const {
-  const Impl& c = *impl_;
-  const i32 page_size = c.pages.page_size;
-  std::vector<i32> out(at(length(head)));
-  for (i64 begin = 0, n = static_cast<i64>(out.size()); begin < n; begin += page_size) {
-    const i64 page = c.table[at(head * static_cast<i64>(c.max_pages) + begin / page_size)];
-    c.pages.device->copy_out(out.data() + begin, c.pages.position.data() + page * page_size,
-                             at(std::min<i64>(page_size, n - begin)) * sizeof(i32));
-  }
-  return out;
-}
+std::vector<i32> KvCache::positions(i32 head) const { return impl_->position.at(at(head)); }
 
 i64 KvCache::pages() const {
   i64 total = 0;

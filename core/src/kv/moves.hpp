@@ -43,6 +43,8 @@ struct Gather {
   const sdk::i32 *from, *begin;
 };
 
+/// Every function enqueues its work on the device's stream and returns: none allocates or synchronises. No two threads
+/// write the same place, so equal calls give equal bits.
 class Moves {
  public:
   virtual ~Moves() = default;
@@ -60,7 +62,9 @@ class Moves {
                            const sdk::i32* delta, const Rope& rope) const = 0;
 };
 
-/// Throws Error when there is no backend for the device.
+/// Throws Error when there is no backend for the device. The device must outlive the result.
 std::unique_ptr<Moves> make_moves(const Device& device);
+/// The backend of a CUDA device; make_moves calls it.
+std::unique_ptr<Moves> make_cuda_moves(const Device& device);
 
 }  // namespace lacuna

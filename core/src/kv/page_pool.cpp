@@ -51,8 +51,7 @@ PagePool::Impl::Impl(std::shared_ptr<Device> device_in, i32 page_size_in, i32 he
   references_.assign(static_cast<std::size_t>(max_pages), 0);
   free_.resize(static_cast<std::size_t>(max_pages));
   std::iota(free_.begin(), free_.end(), 0);  // ascending is a heap
-  fill_slots(null_page(), 0);
-  for (i32 page = 0; poison && page < max_pages; ++page) fill_slots(page, 0);
+  fill_slots(static_cast<i64>(poison ? 0 : null_page()) * page_size, slots);
 }
 
 i32 PagePool::Impl::acquire() noexcept {
@@ -84,16 +83,16 @@ void PagePool::Impl::copy_page(i32 to, i32 from) {
 }
 
 void PagePool::Impl::poison_slots(i32 page, i32 from_slot) {
-  if (poison && from_slot < page_size) fill_slots(page, from_slot);
+  const i64 first = static_cast<i64>(page) * page_size;
+  if (poison && from_slot < page_size) fill_slots(first + from_slot, first + page_size);
 }
 
-void PagePool::Impl::fill_slots(i32 page, i32 from_slot) {
-  const i64 first = static_cast<i64>(page) * page_size + from_slot, slots = page_size - from_slot;
+void PagePool::Impl::fill_slots(i64 begin, i64 end) {
   const i64 row_bytes = head_dim * sdk::size_of(dtype);
   for (const Buffer<std::byte>* array : {&k, &v}) {
-    device->fill(array->data() + first * row_bytes, kPoisonByte, static_cast<std::size_t>(slots * row_bytes));
+    device->fill(array->data() + begin * row_bytes, kPoisonByte, static_cast<std::size_t>((end - begin) * row_bytes));
   }
-  device->fill(position.data() + first, kPoisonByte, static_cast<std::size_t>(slots) * sizeof(i32));
+  device->fill(position.data() + begin, kPoisonByte, static_cast<std::size_t>(end - begin) * sizeof(i32));
 }
 
 PagePool::PagePool(std::shared_ptr<Device> device, i32 page_size, i32 head_dim, Dtype dtype, i64 max_pages, bool poison)

@@ -41,7 +41,7 @@ struct PagePool::Impl {
   Buffer<sdk::i32> position;
 
  private:
-  void fill_slots(sdk::i32 page, sdk::i32 from_slot);
+  void fill_slots(sdk::i64 begin, sdk::i64 end);
 
   std::vector<sdk::i32> references_;
   std::vector<sdk::i32> free_;  // binary heap, lowest id on top

@@ -76,7 +76,8 @@ Eviction decide_eviction(StrategyRuntime* strategy, StrategyRuntime* allocator, 
   const bool per_query_head = strategy && plan.per_query_head != 0;
   const bool unite = strategy && strategy->gqa() == Gqa::union_;
   const bool ranked_per_head = per_query_head && unite;
-  const Rows scored{1, per_query_head ? layer.num_qo_heads : heads, 0, 1, 1, per_query_head, span.end - span.begin, span.begin};
+  const i64 queries = span.end - span.begin;  // one tile holds them all
+  const Rows scored{1, per_query_head ? layer.num_qo_heads : heads, 0, 1, static_cast<i32>(queries), per_query_head, queries, span.begin};
   Rows rows = scored;
   if (!ranked_per_head) rows.heads = heads, rows.per_query_head = 0;
 

@@ -127,6 +127,26 @@ LayerReplay& Bench::layer(const Shape& shape, bool poison) {
   return *layer;
 }
 
+sdk::Plan Bench::plan(const Use& use, const Cell& cell) {
+  LayerReplay& on = layer(kRegular, true);
+  const LayerSetup setup = on.setup(0, true);
+  const bool select = use.role == RoleKind::select, decode = select && use.phase == ReplayPhase::decode;
+  KvCache cache = on.fork(on.tokens());
+  StrategyRuntime runtime(select ? *cell.select : *cell.evict, select ? sdk::Purpose::select : sdk::Purpose::evict, setup, verb(use.role));
+  runtime.prepare(cache, {decode ? sdk::Phase::decode : sdk::Phase::prefill, decode ? 0 : -1, 0, on.tokens()}, -1);
+  return runtime.plan();
+}
+
+std::vector<Resolved> Bench::evictors() const {
+  std::vector<const StrategyType*> types = {scorer(RoleKind::evict, ReplayPhase::evict)};
+  for (const StrategyType* t : registry_.all())
+    if (t->can_evict() && t->entry().attended && t->entry().takes_budget) types.push_back(t);
+  std::vector<Resolved> out;
+  for (const StrategyType* t : types)
+    if (t) out.push_back(resolve(registry_, {{"name", t->name()}, {"density", kLooseDensity}}, "conformance", "", RoleKind::evict));
+  return out;
+}
+
 PhaseQueries Bench::queries(const Use& use, const Shape& shape, const Cell& cell) { return phase_queries(info(shape), use.phase, cut_parameter(cell)); }
 
 Outcome Bench::run(const Use& use, const Shape& shape, const Cell& cell, bool poison) {

@@ -58,6 +58,11 @@ class Bench {
   LayerReplay& layer(const Shape& shape, bool poison);
   const TraceInfo& info(const Shape& shape) { return trace(shape).info(); }
   Outcome run(const Use& use, const Shape& shape, const Cell& cell, bool poison = true);
+  /// What it plans for the regular shape.
+  sdk::Plan plan(const Use& use, const Cell& cell);
+  /// Evictions to stand beside a selection: once at the cut, and, where there is one, by the attention received, which goes on
+  /// while decoding.
+  std::vector<Resolved> evictors() const;
   PhaseQueries queries(const Use& use, const Shape& shape, const Cell& cell);
 
  private:

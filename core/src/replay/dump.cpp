@@ -175,18 +175,11 @@ Json strategy_ids(const Cell& cell) {
   return out;
 }
 
-std::vector<float> mass_kept(LayerReplay& layer, PhaseQueries q, const PhaseRun& run) {
-  std::vector<double> mass(run.lse.size(), 1.0);
-  const std::vector<float> lse = layer.dense_lse(q.begin, q.end);
-  if (layer.layer().sliding_window == 0) set_mass(layer.dense_attention(q.begin, q.end), run.sets, run.q_tile, lse.data(), mass.data());
-  return {mass.begin(), mass.end()};
-}
-
 }  // namespace
 
 void dump(const Trace& trace, const Cell& cell, const DumpOptions& options, const std::string& path) {
   const TraceInfo& info = trace.info();
-  std::string reason = why_skipped(cell, options.phase);
+  std::string reason = why_skipped(cell, options.phase, info);
   const PhaseQueries q = phase_queries(info, options.phase, cut_parameter(cell));
   if (reason.empty() && q.begin == q.end) reason = "the trace has no queries there";
   if (!reason.empty())
@@ -218,7 +211,8 @@ void dump(const Trace& trace, const Cell& cell, const DumpOptions& options, cons
 
   DumpFile file;
   const i64 queries = q.end - q.begin;
-  const std::vector<float> mass = mass_kept(layer, q, run);
+  const std::vector<double> exact = mass_of(layer, q, run);
+  const std::vector<float> mass(exact.begin(), exact.end());
   file.add("out", run.out, {l.num_qo_heads, queries, l.head_dim});
   file.add("lse", run.lse, {l.num_qo_heads, queries});
   file.add("mass_kept", mass, {l.num_qo_heads, queries});

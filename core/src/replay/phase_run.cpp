@@ -99,8 +99,7 @@ Roles roles_of(const Cell& cell, ReplayPhase phase) {
   Roles roles;
   if (phase != ReplayPhase::evict && cell.select) roles.select = &*cell.select;
   if (phase != ReplayPhase::prefill && cell.evict) roles.evict = &*cell.evict;
-  const bool serves_evict = cell.evict || phase == ReplayPhase::evict || (phase == ReplayPhase::decode && !cell.select);
-  if (cell.allocate && !(serves_evict && phase == ReplayPhase::prefill)) roles.allocate = &*cell.allocate;
+  if (cell.allocate && !(cell.evict && phase == ReplayPhase::prefill)) roles.allocate = &*cell.allocate;  // beside evict it is evict's
   return roles;
 }
 
@@ -262,6 +261,14 @@ PhaseRun run_phase(LayerReplay& layer, const TraceInfo& info, const Cell& cell, 
   const double pages = std::ceil(tokens / static_cast<double>(pipeline.cache().view().page_size));
   run.cost.dense_kv_bytes = pages * l.num_kv_heads * static_cast<double>(layer.pool().kv_bytes_per_page());
   return run;
+}
+
+std::vector<double> mass_of(LayerReplay& layer, PhaseQueries queries, const PhaseRun& run) {
+  std::vector<double> mass(run.lse.size(), 1.0);
+  if (layer.layer().sliding_window > 0) return mass;
+  const std::vector<float> lse = layer.dense_lse(queries.begin, queries.end);
+  set_mass(layer.dense_attention(queries.begin, queries.end), run.sets, run.q_tile, lse.data(), mass.data());
+  return mass;
 }
 
 }  // namespace lacuna

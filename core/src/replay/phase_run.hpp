@@ -38,4 +38,7 @@ PhaseQueries phase_queries(const TraceInfo& info, ReplayPhase phase, const std::
 /// Runs the phase; the contract is always checked. Throws Error.
 PhaseRun run_phase(LayerReplay& layer, const TraceInfo& info, const Cell& cell, ReplayPhase phase, PhaseQueries queries, const PhaseOptions& options);
 
+/// mass_kept [num_qo_heads, queries]: dense probability over what was read; 1 in a layer with a sliding window.
+std::vector<double> mass_of(LayerReplay& layer, PhaseQueries queries, const PhaseRun& run);
+
 }  // namespace lacuna

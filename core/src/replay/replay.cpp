@@ -184,11 +184,9 @@ class LayerRun {
     p.layout = layout_of(info_, ref, row.min_context, left_out);
     row.left_out = left_out;
 
-    const Attention dense = layer_.dense_attention(ref.begin, ref.end);
-    p.mass.assign(run.lse.size(), 1.0);
+    p.mass = mass_of(layer_, {ref.begin, ref.end}, run);
     if (layer_.layer().sliding_window == 0) {
-      set_mass(dense, run.sets, run.q_tile, ref.lse.data(), p.mass.data());
-      p.request = oracle_request(dense, run.sets, run.q_tile);
+      p.request = oracle_request(layer_.dense_attention(ref.begin, ref.end), run.sets, run.q_tile);
       p.q_tile = run.q_tile;
       p.kept = run.kept;
     }

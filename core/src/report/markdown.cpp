@@ -27,6 +27,17 @@ std::string number(double value) {
   return std::abs(value) < 5e-4 ? fmt::format("{:.1e}", value) : fmt::format("{:.4f}", value);
 }
 
+/// "0–29, 31": ascending layers, runs of three or more as ranges.
+std::string layer_list(const std::vector<int>& layers) {
+  std::vector<std::string> out;
+  for (std::size_t i = 0, run = 1; i < layers.size(); i += run) {
+    for (run = 1; i + run < layers.size() && layers[i + run] == layers[i] + static_cast<int>(run);) ++run;
+    if (run < 3) run = 1;
+    out.push_back(run == 1 ? std::to_string(layers[i]) : fmt::format("{}–{}", layers[i], layers[i + run - 1]));
+  }
+  return fmt::format("{}", fmt::join(out, ", "));
+}
+
 std::string percent(const std::optional<double>& share) {
   return share && std::isfinite(*share) ? fmt::format("{:.1f}", 100 * *share) : "–";
 }
@@ -90,12 +101,13 @@ class TableWriter {
     return out;
   }
 
-  /// Within the noise of exact dense attention there is nothing to tell apart.
+  /// Within the noise of exact dense attention, or of fp32 sums, there is nothing to tell apart.
   std::string value(const std::string& metric, double x) const {
+    constexpr double kRounding = 1e-6;
     const auto noise = table_.noise.find(metric);
     const double ideal = dense_value(metric), off = std::abs(x - ideal);
-    if (noise != table_.noise.end() && off > 0 && off <= noise->second) return fmt::format("≈{}", ideal);
-    return number(x);
+    const bool same = off <= std::max(kRounding, noise == table_.noise.end() ? 0 : noise->second);
+    return same && off > 0 ? fmt::format("≈{}", ideal) : number(x);
   }
 
   std::vector<std::string> cells(const Line& line, bool noise) const {
@@ -121,7 +133,9 @@ class TableWriter {
     out.push_back(number(mass->p1));
     out.push_back(fmt::format("{} (L{} H{})", number(mass->worst_head), mass->worst_layer, mass->worst_head_index));
     if (has_answer_) out.push_back(mass->answer_mean ? shown("mass_kept", *mass->answer_mean) : "–");
-    out.push_back(fmt::format("{:.3f} / {:.3f}", line.realised_head, line.realised_union));
+    // Without a selection a decode step reads all that is cached: read % tells.
+    const bool selects = table_.phase != ReplayPhase::decode || line.selects;
+    out.push_back(selects ? fmt::format("{:.3f} / {:.3f}", line.realised_head, line.realised_union) : "–");
     if (has_pages_) out.insert(out.end(), {percent(line.read_share), percent(line.pages_share)});
     out.push_back(percent(line.index_share));
     if (has_touched_) out.push_back(percent(line.touched_share));
@@ -130,7 +144,7 @@ class TableWriter {
   }
 
   std::string notes() const {
-    std::string out = fmt::format("- n: layers {}", fmt::join(table_.layers, ", "));
+    std::string out = fmt::format("- n: layers {}", layer_list(table_.layers));
     out += fmt::format("; {} queries in {} blocks", table_.queries, table_.blocks);
     if (table_.traces.size() > 1) out += fmt::format(" of {} traces", table_.traces.size());
     if (table_.phase == ReplayPhase::prefill)
@@ -151,13 +165,19 @@ std::string header(const StudyResult& study) {
   for (const TraceFacts& t : study.traces)
     out += fmt::format(
         "- trace: {} (id {}), {}: layers {} of {}, {} query heads, {} KV heads, head_dim {}, {} + {} tokens\n", t.file,
-        t.id, t.model, fmt::join(t.captured_layers, ", "), t.num_layers, t.num_qo_heads, t.num_kv_heads, t.head_dim,
+        t.id, t.model, layer_list(t.captured_layers), t.num_layers, t.num_qo_heads, t.num_kv_heads, t.head_dim,
         t.prefill_tokens, t.decode_tokens);
   const BuildFacts& b = study.build;
   out += fmt::format("- device: {}\n- build: lacuna {} ({}), {}, {}, CUDA {}\n", study.device, b.version, b.commit,
                      b.compiler, b.flags, b.cuda);
   out += fmt::format("- run: page_size {}{}\n", study.scenario.options.page_size,
                      study.scenario.options.check ? ", contracts checked" : "");
+  std::set<std::pair<std::string, int>> windows;
+  for (const Row& row : study.rows)
+    if (row.marked("sliding-window")) windows.insert({row.trace, row.layer});
+  for (const auto& [trace, layer] : windows)
+    out += fmt::format("- {} layer {} has a sliding window: it runs with it, outside budgets and comparisons\n", trace,
+                       layer);
   if (study.interrupted) out += "- interrupted: what follows is not the whole study\n";
   return out;
 }
@@ -175,8 +195,11 @@ std::string skips(const StudyResult& study) {
   std::map<std::pair<ReplayPhase, std::string>, std::vector<std::string>> by_reason;
   for (const Skip& s : study.skips) {
     auto& labels = by_reason[{s.phase, s.reason}];
-    const std::string& label = study.scenario.cells[static_cast<std::size_t>(s.cell)].label;
-    if (std::find(labels.begin(), labels.end(), label) == labels.end()) labels.push_back(label);
+    const Cell& cell = study.scenario.cells[static_cast<std::size_t>(s.cell)];
+    std::string label = cell.label;
+    // The same strategy may select in one cell and evict in another.
+    if (!cell.allocate && !(cell.select && cell.evict)) label += cell.select ? " (select)" : " (evict)";
+    if (std::find(labels.begin(), labels.end(), label) == labels.end()) labels.push_back(std::move(label));
   }
   std::string out;
   for (const auto& [why, labels] : by_reason)
@@ -193,7 +216,7 @@ std::string failures(const StudyResult& study) {
   for (const auto& [what, where] : layers) {
     const auto& [cell, phase, error] = what;
     out += fmt::format("- {}, {}, layers {}: {}\n", escaped(study.scenario.cells[static_cast<std::size_t>(cell)].label),
-                       name_of(phase), fmt::join(where, ", "), escaped(error));
+                       name_of(phase), layer_list({where.begin(), where.end()}), escaped(error));
   }
   return out.empty() ? "" : "\n## Failed\n\n" + out;
 }

@@ -84,7 +84,8 @@ void fill_shares(const StudyResult& study, const MethodRows& method, Line& line)
   }
   const Row& first = *method.rows.front();
   const Cell& cell = study.scenario.cells[static_cast<std::size_t>(first.cell)];
-  const auto& role = first.phase == ReplayPhase::evict ? cell.evict : cell.select ? cell.select : cell.evict;
+  const Resolved* role = budget_role(cell, first.phase);
+  line.selects = cell.select.has_value();
   const auto facts = std::find_if(study.traces.begin(), study.traces.end(),
                                   [&](const TraceFacts& t) { return t.id == first.trace_id; });
   const double layers = facts == study.traces.end() ? 0 : facts->num_layers;

@@ -197,11 +197,13 @@ class Tabulator {
       floor += row->marked("floor");
       off += row->marked("off-budget");
     }
-    const std::string realised = fmt::format("realised {:.3f} for {:.3f}", line.realised_head, line.target.value_or(0));
+    if (floor == 0 && off == 0) return "";
+    const std::optional<double> nominal = method.rows.rows.front()->nominal;
+    const std::string realised = fmt::format("realised {:.3f}{}", line.realised_head,
+                                             nominal ? fmt::format(", asked for {:.3f}", *nominal) : "");
     if (floor > 0)
-      return fmt::format("floor: what it must read exceeds the budget in {} of {} rows, {}", floor, rows, realised);
-    if (off > 0) return fmt::format("off-budget in {} of {} rows, {}", off, rows, realised);
-    return "";
+      return fmt::format("floor: what it must read exceeds the budget in {} of {} rows; {}", floor, rows, realised);
+    return fmt::format("off-budget: it misses the budget by more than 1 % in {} of {} rows; {}", off, rows, realised);
   }
 
   void add_noise(const Group& group, Table& table) const {

@@ -81,7 +81,7 @@ class KvCache {
 
   sdk::Paged view() const;
   sdk::i64 length(sdk::i32 head) const;
-  std::vector<sdk::i32> positions(sdk::i32 head) const;  // host copy
+  std::vector<sdk::i32> positions(sdk::i32 head) const;  // on the host; does not synchronise
   sdk::i64 pages() const;                                // pages its tables reference
   sdk::i64 kv_bytes() const;                             // K + V bytes of those pages
   sdk::i64 token_bytes() const;                          // K + V bytes of the cached tokens alone

@@ -34,6 +34,7 @@ struct Line {
   /// layers of the model with the dense ones at 1 (layers not captured are taken to be like those that are;
   /// sliding-window layers are in neither).
   double realised_head = 1, realised_union = 1, realised_head_all = 1, realised_union_all = 1;
+  bool selects = false;                                           // has a select role
   double read_share = 1;                                          // of the pairs that dense attention reads
   std::optional<double> index_share, pages_share, touched_share;  // of dense K + V bytes; of what `dense` fetched
   std::set<std::string> marks;                                    // of its rows, and "partial" when layers are missing

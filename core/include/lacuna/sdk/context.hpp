@@ -218,7 +218,7 @@ template <class F> void Context::for_each(i64 n, F f) {
     return;
   }
 #endif
-  constexpr i64 kWorthThreads = 1024;
+  [[maybe_unused]] constexpr i64 kWorthThreads = 1024;  // nvcc does not count its use in the pragma
 #pragma omp parallel for schedule(static) if (n >= kWorthThreads)
   for (i64 i = 0; i < n; ++i) f(i);
 }
