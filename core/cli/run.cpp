@@ -62,22 +62,32 @@ class Progress {
   std::tuple<int, ReplayPhase, std::int64_t> phase_;
 };
 
-/// Positions of the cuts that the study makes in a trace. Throws Error for one that it does not have.
+/// Positions of the cuts that the study makes in a trace.
 std::vector<std::int64_t> cuts_in(const Trace& trace, const Scenario& scenario) {
   std::vector<std::int64_t> out;
   for (const Cell& cell : scenario.cells) {
-    if (!cell.evict) continue;
+    if (!why_skipped(cell, ReplayPhase::evict, trace.info()).empty()) continue;
     const std::int64_t at = cut_of(trace.info(), cut_parameter(cell));
-    if (why_skipped(cell, ReplayPhase::evict).empty() && std::find(out.begin(), out.end(), at) == out.end())
-      out.push_back(at);
+    if (std::find(out.begin(), out.end(), at) == out.end()) out.push_back(at);
   }
   return out;
+}
+
+/// A cut that no trace of the study has is a mistake; one that some lack is skipped there, and said so.
+void check_cuts(const std::vector<Trace>& traces, const Scenario& scenario) {
+  for (const Cell& cell : scenario.cells) {
+    if (!cell.evict) continue;
+    const auto has_cut = [&](const Trace& trace) {
+      return why_skipped(cell, ReplayPhase::evict, trace.info()).empty();
+    };
+    if (std::none_of(traces.begin(), traces.end(), has_cut)) cut_of(traces.front().info(), cut_parameter(cell));
+  }
 }
 
 std::size_t rows_of(const Trace& trace, const Cell& cell, const Scenario& scenario) {
   std::size_t phases = 0;
   for (const ReplayPhase p : scenario.options.phases)
-    phases += why_skipped(cell, p).empty() && (p != ReplayPhase::decode || trace.info().decode_tokens > 0);
+    phases += why_skipped(cell, p, trace.info()).empty();
   return phases * trace.info().captured_layers.size();
 }
 
@@ -97,7 +107,6 @@ std::vector<Trace> open_traces(const Scenario& scenario) {
   std::vector<Trace> traces;
   for (const std::string& path : scenario.traces) {
     traces.push_back(Trace::open(path));
-    cuts_in(traces.back(), scenario);
     for (std::size_t i = 0; i + 1 < traces.size(); ++i)
       if (traces[i].content_id() == traces.back().content_id())
         throw Error({"two traces of the same content", "different ones", scenario.traces[i] + " and " + path,
@@ -124,6 +133,7 @@ int run(const Session& session, const Options& options) {
       throw Error({"cannot write the JSON file", "a directory that exists", directory.string(), "--json", ""});
   }
   const std::vector<Trace> traces = open_traces(study.scenario);
+  check_cuts(traces, study.scenario);
   if (options.dry_run) {
     print_plan(study.scenario, traces);
     return 0;

@@ -42,11 +42,11 @@ TEST_CASE("GPU attention, dense: head sizes, groups, lengths and dtypes") {
     Dtype dtype;
   };
   const Shape shapes[] = {
-      {1, 2, 64, 1, 1, Dtype::bf16},     {3, 3, 64, 1, 2049, Dtype::bf16},   {7, 2, 64, 65, 65, Dtype::bf16},
-      {8, 1, 128, 130, 257, Dtype::f16}, {7, 1, 128, 1, 3000, Dtype::bf16},  {8, 2, 128, 5, 700, Dtype::bf16},
-      {4, 1, 256, 33, 300, Dtype::bf16}, {1, 2, 256, 1, 999, Dtype::f16},    {3, 1, 256, 40, 40, Dtype::f16},
-      {1, 3, 64, 17, 131, Dtype::f16},   {1, 1, 128, 64, 64, Dtype::f16},    {3, 1, 80, 15, 600, Dtype::f32},
-      {1, 3, 40, 100, 100, Dtype::f16},  {5, 1, 13, 17, 100, Dtype::bf16},   {2, 1, 64, 9, 333, Dtype::f32},
+      {1, 2, 64, 1, 1, Dtype::bf16},     {3, 3, 64, 1, 2049, Dtype::bf16},  {7, 2, 64, 65, 65, Dtype::bf16},
+      {8, 1, 128, 130, 257, Dtype::f16}, {7, 1, 128, 1, 3000, Dtype::bf16}, {8, 2, 128, 5, 700, Dtype::bf16},
+      {4, 1, 256, 33, 300, Dtype::bf16}, {1, 2, 256, 1, 999, Dtype::f16},   {3, 1, 256, 40, 40, Dtype::f16},
+      {1, 3, 64, 17, 131, Dtype::f16},   {1, 1, 128, 64, 64, Dtype::f16},   {3, 1, 80, 15, 600, Dtype::f32},
+      {1, 3, 40, 100, 100, Dtype::f16},  {5, 1, 13, 17, 100, Dtype::bf16},  {2, 1, 64, 9, 333, Dtype::f32},
       {8, 1, 128, 1, 63, Dtype::f32},
   };
   for (const Shape& s : shapes)
@@ -76,9 +76,9 @@ TEST_CASE("GPU attention, dense: several sequences, ragged rows, page sizes, str
     for (const i64 count : {1, 30}) {
       CAPTURE(page_size);
       CAPTURE(count);
-      PagedFixture cache({evicted(90, 40, 200, 1), evicted(61, 40, 200, 2), evicted(77, 40, 200, 3),
-                          evicted(150, 40, 200, 4)},
-                         64, Dtype::bf16, page_size);
+      PagedFixture cache(
+          {evicted(90, 40, 200, 1), evicted(61, 40, 200, 2), evicted(77, 40, 200, 3), evicted(150, 40, 200, 4)}, 64,
+          Dtype::bf16, page_size);
       cache.fill(11);
       const auto q = random_floats(2 * 6 * count * 72 + 1, 5);
       const Rounded rounded(q, Dtype::bf16);
@@ -90,6 +90,10 @@ TEST_CASE("GPU attention, dense: several sequences, ragged rows, page sizes, str
         a.q.seq_stride = 6 * a.q.head_stride;
         a.q.data = rounded.data.data() + (pad == 3 ? 1 : 0);
         CHECK(worst_error(a) <= 1.);
+        const SelectionFixture selection = random_selection(2, 2, false, 16, count, 61, true, 9);
+        a.read = &selection.selection;
+        CHECK(worst_error(a) <= 1.);
+        a.read = nullptr;
       }
     }
 }
@@ -126,8 +130,8 @@ TEST_CASE("GPU attention: selections of pieces, tokens, exact parts, weights, ra
         const auto q = random_floats(6 * s.count * s.d, 32);
         Attention a{layer_of(6, 2, s.d), cache.view(), queries_of(q, 1, 6, s.d, s.count, 500 - s.count)};
         for (unsigned seed = 0; seed < 4; ++seed) {
-          const SelectionFixture selection = random_selection(1, per_query_head ? 6 : 2, per_query_head, s.q_tile,
-                                                              s.count, 290, weighted, seed + 10);
+          const SelectionFixture selection =
+              random_selection(1, per_query_head ? 6 : 2, per_query_head, s.q_tile, s.count, 290, weighted, seed + 10);
           a.read = &selection.selection;
           a.ignore_weights = seed == 2;
           CHECK(worst_error(a) <= 1.);
@@ -234,7 +238,7 @@ TEST_CASE("GPU attention: the same bits again, whatever the workspace held") {
     for (const sdk::Selection* read : {static_cast<const sdk::Selection*>(nullptr), &selection.selection}) {
       a.read = read;
       DeviceAttention call(a);
-      const Result one = call.run(0xff);
+      const Result one = call.run();
       for (const int garbage : {0, 0x3f, 0xff}) {
         const Result two = call.run(garbage);
         CHECK(one.out == two.out);
@@ -259,7 +263,7 @@ TEST_CASE("GPU attention: a decode step in a CUDA graph replays to equal bits, a
     const Result direct = call.run();
     CHECK(call.plan.splits > 1);
     const auto stream = static_cast<cudaStream_t>(call.device().stream());
-    call.prepare(0);
+    call.prepare();
     cudaGraph_t graph{};
     cudaGraphExec_t exec{};
     REQUIRE(cudaStreamBeginCapture(stream, cudaStreamCaptureModeGlobal) == cudaSuccess);

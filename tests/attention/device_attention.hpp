@@ -5,6 +5,7 @@
 
 #include <cmath>
 #include <limits>
+#include <optional>
 #include <vector>
 
 #include "attention/bound.hpp"
@@ -18,7 +19,10 @@ constexpr float kUnwritten = 77.f;
 /// The host call stays alive elsewhere; `attention` points to the copies.
 class DeviceAttention {
  public:
-  explicit DeviceAttention(const Attention& host) : device_(cuda_device()), attention(host) {
+  Attention attention;
+  CudaAttentionPlan plan{};
+
+  explicit DeviceAttention(const Attention& host) : attention(host), device_(cuda_device()) {
     const sdk::Paged& kv = host.kv;
     const i64 entries = static_cast<i64>(kv.rows) * kv.max_pages;
     i64 pages = 1;
@@ -30,8 +34,8 @@ class DeviceAttention {
     attention.kv.k = upload(static_cast<const char*>(kv.k), bytes);
     attention.kv.v = upload(static_cast<const char*>(kv.v), bytes);
     const sdk::Queries& q = host.q;
-    const i64 elements = (q.seqs - 1) * q.seq_stride + (q.heads - 1) * q.head_stride + (q.count - 1) * q.row_stride +
-                         q.head_dim;
+    const i64 elements =
+        (q.seqs - 1) * q.seq_stride + (q.heads - 1) * q.head_stride + (q.count - 1) * q.row_stride + q.head_dim;
     attention.q.data = upload(static_cast<const char*>(q.data), elements * sdk::size_of(q.dtype));
     if (host.read) set(*host.read);
   }
@@ -52,18 +56,18 @@ class DeviceAttention {
     attention.read = &selection_;
   }
 
-  /// The workspace starts filled with `garbage`, which must not matter.
-  Result run(int garbage = 0xff) {
+  /// The workspace starts as it was allocated, or filled with this byte.
+  Result run(std::optional<int> garbage = {}) {
     prepare(garbage);
     enqueue();
     return results();
   }
 
-  void prepare(int garbage) {
+  void prepare(std::optional<int> garbage = {}) {
     const auto rows = static_cast<i64>(attention.q.seqs) * attention.q.heads * attention.q.count;
     plan = plan_cuda_attention(attention);
     workspace_ = Buffer<char>(device_, static_cast<i64>(plan.workspace_bytes));
-    device_->fill(workspace_.data(), garbage, plan.workspace_bytes);
+    if (garbage) device_->fill(workspace_.data(), *garbage, plan.workspace_bytes);
     const std::vector<float> unwritten(static_cast<std::size_t>(rows * attention.q.head_dim), kUnwritten);
     out_ = Buffer<float>(device_, rows * attention.q.head_dim);
     lse_ = Buffer<float>(device_, rows);
@@ -98,10 +102,6 @@ class DeviceAttention {
     device_->copy_in(copies_.back().data(), from, bytes);
     return reinterpret_cast<T*>(copies_.back().data());
   }
-
- public:
-  Attention attention;
-  CudaAttentionPlan plan{};
 };
 
 /// Largest error as a factor of the bound, |out - exact| <= 4e-3 sum p ||v|| and |lse - exact| <= 2e-3: at most 1 is

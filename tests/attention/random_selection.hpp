@@ -18,8 +18,8 @@ inline std::vector<i32> evicted(i64 kept, i64 recent, i64 end, unsigned seed) {
   return out;
 }
 
-inline SelectionFixture random_selection(i32 seqs, i32 heads, bool per_query_head, i32 q_tile, i64 count, i64 least_length,
-                                         bool weighted, unsigned seed) {
+inline SelectionFixture random_selection(i32 seqs, i32 heads, bool per_query_head, i32 q_tile, i64 count,
+                                         i64 least_length, bool weighted, unsigned seed) {
   std::mt19937 rng(seed);
   const auto below = [&](i64 n) { return static_cast<i32>(rng() % static_cast<unsigned>(n)); };
   const sdk::Rows rows = rows_of(seqs, heads, per_query_head, q_tile, count, least_length - count);

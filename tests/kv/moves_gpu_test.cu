@@ -10,6 +10,7 @@ struct Shape {
   i32 heads, head_dim, page_size;
   Dtype source, stored;
   i64 tokens;
+  i64 v_offset;  // elements by which V's memory lies after K's; odd: no wide loads
 };
 
 std::vector<std::vector<i32>> some_slots(const KvCache& cache, i32 heads, std::mt19937& rng) {
@@ -65,8 +66,8 @@ class Run {
     const Buffer<float> full = upload(x, device_);
     const Buffer<u16> narrow = upload(half, device_);
     const void* data = shape_.source == Dtype::f32 ? static_cast<const void*>(full.data()) : narrow.data();
-    const void* one_on = static_cast<const std::byte*>(data) + shape_.head_dim * sdk::size_of(shape_.source);
-    cache.append(data, one_on, shape_.source, stride, n, first);  // V one token on, so that it is not K
+    const void* v = static_cast<const std::byte*>(data) + shape_.v_offset * sdk::size_of(shape_.source);
+    cache.append(data, v, shape_.source, stride, n, first);
   }
   void fill(const sdk::Array& a, std::mt19937& rng) {
     std::vector<u8> bytes(static_cast<std::size_t>(a.extent[0] * a.stride[0] * sdk::size_of(a.dtype)));
@@ -105,10 +106,11 @@ __global__ void wait_kernel(unsigned long long nanoseconds) {
 }  // namespace
 
 TEST_CASE("GPU: histories over awkward shapes leave the CPU's bytes") {
-  const Shape shapes[] = {{8, 128, 16, Dtype::bf16, Dtype::bf16, 9000}, {3, 64, 16, Dtype::f32, Dtype::bf16, 2500},
-                          {2, 80, 5, Dtype::f16, Dtype::f16, 777},      {1, 256, 64, Dtype::f32, Dtype::f32, 1500},
-                          {3, 6, 1, Dtype::bf16, Dtype::f32, 300},      {5, 2, 16, Dtype::f16, Dtype::bf16, 1},
-                          {7, 24, 16, Dtype::f32, Dtype::f16, 6000}};
+  const Shape shapes[] = {
+      {8, 128, 16, Dtype::bf16, Dtype::bf16, 9000, 128}, {3, 64, 16, Dtype::f32, Dtype::bf16, 2500, 1},
+      {2, 80, 5, Dtype::f16, Dtype::f16, 777, 80},       {1, 256, 64, Dtype::f32, Dtype::f32, 1500, 256},
+      {3, 6, 1, Dtype::bf16, Dtype::f32, 300, 6},        {5, 2, 16, Dtype::f16, Dtype::bf16, 1, 2},
+      {7, 24, 16, Dtype::f32, Dtype::f16, 6000, 24}};
   for (const Shape& shape : shapes) {
     CAPTURE(shape.head_dim);
     Run gpu(test_device(), shape), again(test_device(), shape), cpu(cpu_device(), shape);
@@ -135,14 +137,17 @@ TEST_CASE("GPU: appending, evicting again and asking what is dirty do not wait f
   const auto stream = static_cast<cudaStream_t>(test_device()->stream());
   test_device()->synchronize();
 
+  cudaEvent_t waited;
+  REQUIRE(cudaEventCreate(&waited) == cudaSuccess);
   wait_kernel<<<1, 1, 0, stream>>>(300'000'000);
+  REQUIRE(cudaEventRecord(waited, stream) == cudaSuccess);
   cache.append(k.data(), v.data(), Dtype::f32, kHeadDim, 1, 500);
   const sdk::Dirty dirty = cache.take_dirty(1);
   std::vector<i32> again = iota(0, 498);
   again.erase(again.begin() + 7);
   cache.retain(std::vector<std::vector<i32>>(kHeads, again));
   const std::vector<i32> positions = cache.positions(3);
-  CHECK(cudaStreamQuery(stream) == cudaErrorNotReady);
+  CHECK(cudaEventQuery(waited) == cudaErrorNotReady);
 
   CHECK(dirty.max_units == 1);
   CHECK(positions.size() == again.size());
@@ -151,6 +156,7 @@ TEST_CASE("GPU: appending, evicting again and asking what is dirty do not wait f
   second.append_to(model, kHeadDim, Dtype::bf16);
   retain(model, std::vector<std::vector<i32>>(kHeads, again));
   CHECK(differences(cache, model, true) == 0);
+  CHECK(cudaEventDestroy(waited) == cudaSuccess);
 }
 
 }  // namespace kv_test

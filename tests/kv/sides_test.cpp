@@ -15,9 +15,7 @@ void append(KvCache& cache, i32 heads, i64 n, i64 first) {
   Batch(heads, kHeadDim, n, first, 1).append_to(cache, kHeadDim);
 }
 
-float element(const sdk::Array& side, i64 head, i64 unit, i64 e = 0) {
-  return SideCopy<float>(side).at(head, unit, e);
-}
+float element(const sdk::Array& side, i64 head, i64 unit, i64 e = 0) { return SideCopy<float>(side).at(head, unit, e); }
 void set(const sdk::Array& side, i64 head, i64 unit, i64 e, float value) {
   SideCopy<float> copy(side);
   copy.at(head, unit, e) = value;

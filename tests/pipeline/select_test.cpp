@@ -114,7 +114,7 @@ void compare(Bed& bed, const Case& c) {
     }
 }
 
-/// Asks for two spans of queries and uses the first after the second.
+/// Asks for spans of queries and uses the first after the others.
 struct TwoSpans : sdk::Strategy {
   static sdk::Info info() {
     sdk::Info i{};
@@ -124,8 +124,11 @@ struct TwoSpans : sdk::Strategy {
     return i;
   }
   void mark(sdk::Context& c, const sdk::Budget&, sdk::Selection& s) override {
-    const sdk::Queries last = c.last_queries(2), all = c.current_queries();
-    if (last.at(0, 1, 0, 5) != all.at(0, 1, all.count - 2, 5) || !std::isnan(last.at(0, 1, 2, 5))) throw sdk::Failure("the first span is gone");
+    const sdk::Queries all = c.current_queries();
+    const float first = all.at(0, 0, 0, 0);
+    const sdk::Queries last = c.last_queries(2);
+    if (all.at(0, 0, 0, 0) != first || last.at(0, 1, 0, 5) != all.at(0, 1, all.count - 2, 5)) throw sdk::Failure("the first span is gone");
+    if (!std::isnan(last.at(0, 1, 2, 5))) throw sdk::Failure("what follows the call's queries can be read");
     for (i64 r = 0; r < s.rows.count(); ++r) s.full[r] = 1;
   }
 };

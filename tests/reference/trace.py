@@ -59,6 +59,7 @@ class Layer:
         # Every head's triangle at once only where that is a few hundred MB.
         keep = self.heads if self.length <= 2100 else 1
         self._whole = lru_cache(maxsize=keep)(self._compute_whole)
+        self._row = lru_cache(maxsize=1024)(lambda head, at: self._compute_rows(head, at, at + 1))
 
     def kv_of(self, head):
         return head // self.group
@@ -82,6 +83,8 @@ class Layer:
         if self.length <= 2100:
             p, lse = self._whole(head)
             return p[begin:end, :end], lse[begin:end]
+        if end == begin + 1:
+            return self._row(head, begin)
         return self._compute_rows(head, begin, end)
 
     def window_mass(self, head, begin, end):

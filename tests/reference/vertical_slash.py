@@ -68,6 +68,7 @@ def cells_of(pieces, columns, end):
 
 def head_pairs(lower, columns, offsets, prompt):
     """(query, key) pairs that all tiles read together."""
+    columns, offsets = columns.tolist(), sorted(offsets.tolist(), reverse=True)
     total = 0
     for begin in range(0, prompt, TILE):
         end = min(begin + TILE, prompt)
@@ -91,7 +92,7 @@ def largest_n(lower, columns, offsets, forced_columns, forced_diagonals, prompt,
             low = middle
         else:
             high = middle - 1
-    return max(n for n in range(low, min(low + 64, prompt) + 1) if n == low or fits(n))
+    return max(n for n in range(low, min(low + 40, prompt) + 1) if n == low or fits(n))
 
 
 def vertical_slash(density=None, pair=None, last_q=64, forced=(30, 100), lower=lower_minference):

@@ -217,6 +217,26 @@ TEST_CASE("sampling: log weights stand beside the tokens") {
   CHECK(w[0] == 0.f);  // a sink
 }
 
+TEST_CASE("log weights follow their tokens through an eviction") {
+  const Dumped d({{"select", {{"name", "magicpig"}, {"bits", 4}, {"tables", 20}, {"recent", 16}}}, {"evict", {{"name", "snapkv"}, {"density", 0.5}}}}, ReplayPhase::decode);
+  const auto* indptr = static_cast<const i64*>(d.tensor("tokens.indptr").data);
+  const float* w = d.floats("tokens.log_weight");
+  i64 weighted = 0;
+  for (i64 step = 0; step < kSteps; ++step)
+    for (i64 head = 0; head < kHeads; ++head) {
+      const i64 row = step * kHeads + head;
+      const auto tokens = d.row("tokens", "indices", row);
+      double sum = 0;
+      for (std::size_t i = 0; i < tokens.size(); ++i) {
+        const float weight = w[indptr[row] + static_cast<i64>(i)];
+        weighted += weight != 0;
+        sum += std::exp(attend_exactly(head, kPrompt + step, {tokens[i]}).lse + weight);
+      }
+      CHECK(d.floats("lse")[head * kSteps + step] == doctest::Approx(std::log(sum)).epsilon(1e-5));
+    }
+  CHECK(weighted > 0);
+}
+
 TEST_CASE("evict rows: what each KV head keeps, and every later query's attention") {
   for (const char* cut : {"end", "before_question"}) {
     const Dumped d({{"evict", {{"name", "snapkv"}, {"density", 0.25}, {"window", 16}, {"cut", cut}}}}, ReplayPhase::evict);

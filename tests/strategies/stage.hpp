@@ -1,4 +1,5 @@
-// One strategy on one layer of the shipped trace, its arrays in the memory of any device, and its roles called in order.
+// One strategy on one layer of the shipped trace, its arrays in the memory of any device, and its roles called in
+// order.
 #pragma once
 
 #include <algorithm>
@@ -36,8 +37,13 @@ class Stage final : public sdk::Services {
   /// Prefill: the first `cached` tokens and all their queries. Decode: the last of them alone. Eviction: after them.
   Stage(const std::shared_ptr<Device>& device, const Resolved& resolved, const Trace& trace, i32 layer, Phase phase,
         Purpose purpose, i64 cached)
-      : device_(device), instance_(resolved), entry_(resolved.type->entry()), source_(trace.layer(layer)),
-        common_(resolved.common()), cached_(cached), tokens_(trace.info().tokens()),
+      : device_(device),
+        instance_(resolved),
+        entry_(resolved.type->entry()),
+        source_(trace.layer(layer)),
+        common_(resolved.common()),
+        cached_(cached),
+        tokens_(trace.info().tokens()),
         cache_(pool_for(trace.info().layer(layer)), trace.info().num_kv_heads, cached) {
     call_.layer = trace.info().layer(layer);
     call_.phase = phase;
@@ -53,7 +59,8 @@ class Stage final : public sdk::Services {
       return std::vector<std::byte>(begin, begin + t.elements() * sdk::size_of(t.dtype));
     };
     queries_ = kv_test::upload(bytes_of(source_.q), device);
-    const Array<std::byte> k = kv_test::upload(bytes_of(source_.k), device), v = kv_test::upload(bytes_of(source_.v), device);
+    const Array<std::byte> k = kv_test::upload(bytes_of(source_.k), device),
+                           v = kv_test::upload(bytes_of(source_.v), device);
     cache_.append(k.data(), v.data(), source_.k.dtype, tokens_ * call_.layer.head_dim, cached, 0);
     plan();
   }
@@ -76,7 +83,8 @@ class Stage final : public sdk::Services {
     sdk::Queries q = span(0, cached_);
     const kv_test::HostView host(cache_, -1, *device_);
     HostQueries host_queries(*device_, q);
-    std::vector<float> out(static_cast<std::size_t>(q.heads * q.count * q.head_dim)), lse(out.size() / static_cast<std::size_t>(q.head_dim));
+    std::vector<float> out(static_cast<std::size_t>(q.heads * q.count * q.head_dim)),
+        lse(out.size() / static_cast<std::size_t>(q.head_dim));
     attend({call_.layer, host.kv, host_queries.q}, out.data(), lse.data());
     const Array<float> device_out = kv_test::upload(out, device_), device_lse = kv_test::upload(lse, device_);
     call([&] { instance_.attended(*this, {nullptr, q, device_out.data(), device_lse.data()}); });
@@ -85,7 +93,8 @@ class Stage final : public sdk::Services {
   Outcome score() {
     const sdk::Rows r = rows(plan_.per_query_head != 0);
     const i64 units = (cached_ + plan_.unit_tokens - 1) / plan_.unit_tokens, stride = units + 3;
-    const std::vector<float> empty(static_cast<std::size_t>(r.count() * stride), -std::numeric_limits<float>::infinity());
+    const std::vector<float> empty(static_cast<std::size_t>(r.count() * stride),
+                                   -std::numeric_limits<float>::infinity());
     const Array<float> value = kv_test::upload(empty, device_);
     sdk::Scores scores{r, value.data(), stride, static_cast<i32>(units), plan_.unit_tokens, cached_ / 4};
     call([&] { instance_.score(*this, scores); });
@@ -176,7 +185,9 @@ class Stage final : public sdk::Services {
     return 0;
   }
   i32 queries(sdk::Span which, i64 n, sdk::Queries* out, sdk::Error*) noexcept override {
-    const i64 begin = which == sdk::Span::seen ? 0 : which == sdk::Span::last ? std::max<i64>(0, cached_ - n) : first_query();
+    const i64 begin = which == sdk::Span::seen   ? 0
+                      : which == sdk::Span::last ? std::max<i64>(0, cached_ - n)
+                                                 : first_query();
     *out = span(begin, cached_);
     return 0;
   }
@@ -197,14 +208,22 @@ class Stage final : public sdk::Services {
       const i64 n = rows.count();
       std::vector<i64> host(static_cast<std::size_t>(2 * n));
       for (i64 row = 0; row < n; ++row) {
-        const i64 end = stage.visible(rows, row), begin = end - stage.queries_of(rows, row), tokens = std::max<i64>(end / 4, 1);
+        const i64 end = stage.visible(rows, row), begin = end - stage.queries_of(rows, row),
+                  tokens = std::max<i64>(end / 4, 1);
         host[static_cast<std::size_t>(row)] = tokens;
         for (i64 q = begin; q < end; ++q) host[static_cast<std::size_t>(n + row)] += std::min(tokens, q + 1);
       }
       longs = kv_test::upload(host, stage.device_);
       ints = kv_test::upload(std::vector<i32>(static_cast<std::size_t>(3 * n)), stage.device_);
-      view = {rows, longs.data(), longs.data() + n, ints.data(), ints.data() + n, ints.data() + 2 * n,
-              stage.entry_.takes_budget, stage.plan_.sinks, stage.plan_.recent};
+      view = {rows,
+              longs.data(),
+              longs.data() + n,
+              ints.data(),
+              ints.data() + n,
+              ints.data() + 2 * n,
+              stage.entry_.takes_budget,
+              stage.plan_.sinks,
+              stage.plan_.recent};
     }
     Array<i64> longs;
     Array<i32> ints;
@@ -215,7 +234,8 @@ class Stage final : public sdk::Services {
     DeviceSelection(Stage& stage, const sdk::Rows& rows) : device(*stage.device_), weighted(stage.plan_.weighted) {
       const sdk::Plan& plan = stage.plan_;
       const i64 n = rows.count(), most_pieces = plan.unit_tokens > 1 ? stage.cached_ / plan.unit_tokens + 1 : 0;
-      const i64 p = plan.max_pieces >= 0 ? plan.max_pieces : most_pieces, t = plan.max_tokens >= 0 ? plan.max_tokens : stage.cached_;
+      const i64 p = plan.max_pieces >= 0 ? plan.max_pieces : most_pieces,
+                t = plan.max_tokens >= 0 ? plan.max_tokens : stage.cached_;
       ints = kv_test::upload(std::vector<i32>(static_cast<std::size_t>(n * (p + t + 5))), stage.device_);
       weights = kv_test::upload(std::vector<float>(static_cast<std::size_t>(n * (p + t))), stage.device_);
       i32* next = ints.data();
@@ -283,7 +303,8 @@ class Stage final : public sdk::Services {
     for (i32 i = 0; i < plan_.num_sides; ++i) cache_.add_side(plan_.sides[i]);
     for (i32 i = 0; i < plan_.num_states; ++i) {
       const sdk::State& s = plan_.states[i];
-      states_[s.name] = kv_test::upload(std::vector<std::byte>(static_cast<std::size_t>(s.elements * sdk::size_of(s.dtype))), device_);
+      states_[s.name] = kv_test::upload(
+          std::vector<std::byte>(static_cast<std::size_t>(s.elements * sdk::size_of(s.dtype))), device_);
     }
   }
 
@@ -299,9 +320,16 @@ class Stage final : public sdk::Services {
   i64 first_query() const { return call_.phase == Phase::decode ? cached_ - 1 : 0; }
   sdk::Rows rows(bool per_query_head) const {
     const i64 queries = cached_ - first_query();
-    const i32 tiles = call_.purpose == Purpose::evict ? 1 : static_cast<i32>((queries + plan_.q_tile - 1) / plan_.q_tile);
-    return {1, per_query_head ? call_.layer.num_qo_heads : call_.layer.num_kv_heads, 0, tiles, plan_.q_tile, per_query_head,
-            queries, first_query()};
+    const i32 tiles =
+        call_.purpose == Purpose::evict ? 1 : static_cast<i32>((queries + plan_.q_tile - 1) / plan_.q_tile);
+    return {1,
+            per_query_head ? call_.layer.num_qo_heads : call_.layer.num_kv_heads,
+            0,
+            tiles,
+            plan_.q_tile,
+            per_query_head,
+            queries,
+            first_query()};
   }
   i64 queries_of(const sdk::Rows& r, i64 row) const {
     return call_.purpose == Purpose::evict ? 1 : r.query_end(row) - r.query_begin(row);
@@ -312,8 +340,16 @@ class Stage final : public sdk::Services {
   sdk::Queries span(i64 begin, i64 end) const {
     const sdk::Layer& l = call_.layer;
     const i64 head = tokens_ * l.head_dim;
-    return {queries_.data() + begin * l.head_dim * sdk::size_of(source_.q.dtype), source_.q.dtype, 1, l.num_qo_heads,
-            l.head_dim, end - begin, begin, head * l.num_qo_heads, head, l.head_dim};
+    return {queries_.data() + begin * l.head_dim * sdk::size_of(source_.q.dtype),
+            source_.q.dtype,
+            1,
+            l.num_qo_heads,
+            l.head_dim,
+            end - begin,
+            begin,
+            head * l.num_qo_heads,
+            head,
+            l.head_dim};
   }
   static i32 granularity(const sdk::Side& s) { return s.per == sdk::SidePer::token ? 1 : s.unit_tokens; }
   static i32 fail(sdk::Error* error, const char* text) {

@@ -17,8 +17,11 @@ using sdk::i32, sdk::i64;
 template <class T>
 class HostCopy {
  public:
-  HostCopy(Device& device, const T* data, i64 n) : device_(device), host_(kv_test::download(data, data ? n : 0, device)) {}
-  HostCopy(Device& device, T* data, i64 n, bool written) : HostCopy(device, data, n) { target_ = written ? data : nullptr; }
+  HostCopy(Device& device, const T* data, i64 n)
+      : device_(device), host_(kv_test::download(data, data ? n : 0, device)) {}
+  HostCopy(Device& device, T* data, i64 n, bool written) : HostCopy(device, data, n) {
+    target_ = written ? data : nullptr;
+  }
   HostCopy(const HostCopy&) = delete;
   ~HostCopy() {
     if (target_) device_.copy_in(target_, host_.data(), host_.size() * sizeof(T));
@@ -34,8 +37,8 @@ class HostCopy {
 class HostQueries {
  public:
   HostQueries(Device& device, const sdk::Queries& q) : q(q) {
-    const i64 elements = (q.seqs - 1) * q.seq_stride + (q.heads - 1) * q.head_stride + (q.count - 1) * q.row_stride +
-                         q.head_dim;
+    const i64 elements =
+        (q.seqs - 1) * q.seq_stride + (q.heads - 1) * q.head_stride + (q.count - 1) * q.row_stride + q.head_dim;
     bytes_ = kv_test::download(static_cast<const std::byte*>(q.data), elements * sdk::size_of(q.dtype), device);
     this->q.data = bytes_.data();
   }

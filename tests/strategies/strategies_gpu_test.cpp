@@ -36,9 +36,8 @@ std::vector<i32> best(const std::vector<float>& row, std::size_t k) {
   for (std::size_t i = 0; i < row.size(); ++i) {
     if (row[i] > -std::numeric_limits<float>::infinity()) order.push_back(static_cast<i32>(i));
   }
-  std::stable_sort(order.begin(), order.end(), [&](i32 a, i32 b) {
-    return row[static_cast<std::size_t>(a)] > row[static_cast<std::size_t>(b)];
-  });
+  std::stable_sort(order.begin(), order.end(),
+                   [&](i32 a, i32 b) { return row[static_cast<std::size_t>(a)] > row[static_cast<std::size_t>(b)]; });
   order.resize(std::min(k, order.size()));
   std::sort(order.begin(), order.end());
   return order;
@@ -54,7 +53,8 @@ void compare_scores(const Outcome& gpu, const Outcome& cpu) {
     for (std::size_t i = 0; i < b.size(); ++i) {
       finite += std::isfinite(b[i]);
       if (a[i] == b[i]) continue;
-      const double scale = std::max({std::abs(static_cast<double>(a[i])), std::abs(static_cast<double>(b[i])), 1e-3 * largest});
+      const double scale =
+          std::max({std::abs(static_cast<double>(a[i])), std::abs(static_cast<double>(b[i])), 1e-3 * largest});
       far += !(std::abs(static_cast<double>(a[i]) - b[i]) <= kTie * scale);
     }
     other_choice += best(a, a.size() / 4 + 1) != best(b, b.size() / 4 + 1);
@@ -85,7 +85,8 @@ void compare_weights(const Outcome& gpu, const Outcome& cpu) {
     for (std::size_t i = 0; i < cpu.tokens[row].size(); ++i) weight[cpu.tokens[row][i]] = cpu.token_weights[row][i];
     for (std::size_t i = 0; i < gpu.tokens[row].size(); ++i) {
       const auto it = weight.find(gpu.tokens[row][i]);
-      far += it != weight.end() && !(std::abs(it->second - gpu.token_weights[row][i]) <= kTie * (1 + std::abs(it->second)));
+      far += it != weight.end() &&
+             !(std::abs(it->second - gpu.token_weights[row][i]) <= kTie * (1 + std::abs(it->second)));
     }
   }
   CHECK(far == 0);

@@ -1,4 +1,5 @@
-// Data movement of the cache on a GPU. Vectors of up to 16 bytes where the row allows it; every kernel is bound by memory.
+// Data movement of the cache on a GPU. Vectors of up to 16 bytes where the row allows it; every kernel is bound by
+// memory.
 #include <cuda_runtime.h>
 
 #include <algorithm>
@@ -50,8 +51,7 @@ struct alignas(std::min<std::size_t>(16, kWidth * sizeof(Element<kType>))) Chann
 
 template <Dtype kFrom, Dtype kTo, int kWidth>
 __device__ void convert(void* to, i64 at, const void* from, i64 index) {
-  const auto in =
-      *reinterpret_cast<const Channels<kFrom, kWidth>*>(static_cast<const Element<kFrom>*>(from) + index);
+  const auto in = *reinterpret_cast<const Channels<kFrom, kWidth>*>(static_cast<const Element<kFrom>*>(from) + index);
   auto& out = *reinterpret_cast<Channels<kTo, kWidth>*>(static_cast<Element<kTo>*>(to) + at);
   if constexpr (kFrom == kTo) {
     out = in;
@@ -178,8 +178,8 @@ class CudaMoves final : public Moves {
 
   void append(const PageArrays& pages, const PageTable& to, const i32* length, const NewTokens& tokens) const override {
     constexpr int kWide = 8;
-    const bool wide = pages.head_dim % kWide == 0 && tokens.head_stride % kWide == 0 && aligned(tokens.k) &&
-                      aligned(tokens.v);
+    const bool wide =
+        pages.head_dim % kWide == 0 && tokens.head_stride % kWide == 0 && aligned(tokens.k) && aligned(tokens.v);
     const dim3 block = block_for(pages.head_dim / (wide ? kWide : 1));
     const dim3 grid(blocks_for(tokens.n, block.y), static_cast<unsigned>(to.heads));
     use();

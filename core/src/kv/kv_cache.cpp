@@ -33,8 +33,8 @@ void check_slots(const std::vector<i32>& slots, i64 head, i32 length) {
 
 }  // namespace
 
-/// One writer's view of a sequence. Host mirrors of the table, the lengths and the positions decide; the device's copies
-/// follow them, so that nothing is ever read back.
+/// One writer's view of a sequence. Host mirrors of the table, the lengths and the positions decide; the device's
+/// copies follow them, so that nothing is ever read back.
 struct KvCache::Impl {
   Impl(std::shared_ptr<PagePool> pool_in, i32 heads_in, i64 max_tokens_in);
   ~Impl();

@@ -23,10 +23,11 @@ struct CudaAttentionPlan {
 CudaAttentionPlan plan_cuda_attention(const Attention& a);
 
 /// attend() of attention.hpp with every pointer of `a`, `a.read` itself excepted, in device memory: cache, queries and
-/// the selection's arrays; out and lse likewise. `workspace`: plan_cuda_attention(a).workspace_bytes of device memory,
-/// 256-byte aligned; its content matters neither before nor after. Enqueues kernels on `stream` (a cudaStream_t) of the
-/// current device; allocates nothing, never synchronises, so it can be captured in a CUDA graph. Such a graph reads
-/// lengths, tables and lists anew at each replay; what is in `a` itself (max_length, queries' positions) stays.
+/// the selection's arrays; out and lse likewise (K, V and out 16-byte aligned). `workspace`:
+/// plan_cuda_attention(a).workspace_bytes of device memory, 256-byte aligned; its content matters neither before nor
+/// after. Enqueues kernels on `stream` (a cudaStream_t) of the current device; allocates nothing, never synchronises,
+/// so it can be captured in a CUDA graph. Such a graph reads lengths, tables and lists anew at each replay; what is in
+/// `a` itself (max_length, queries' positions) stays.
 ///
 /// Selections are read as ascending lists of distinct slots, which a kernel makes per row, `list_rows` rows at a time:
 /// 4 bytes (16 with log weights) a slot of max_length, at most 512 MiB or one row; nothing of size queries x keys.
@@ -38,6 +39,7 @@ CudaAttentionPlan plan_cuda_attention(const Attention& a);
 ///
 /// Lengths are not checked: a query before its row's slot 0 reads nothing. Throws Error for shapes that do not fit
 /// together, too small a workspace, or a failed launch.
-void attend_cuda(const Attention& a, float* out, float* lse, void* workspace, std::size_t workspace_bytes, void* stream);
+void attend_cuda(const Attention& a, float* out, float* lse, void* workspace, std::size_t workspace_bytes,
+                 void* stream);
 
 }  // namespace lacuna

@@ -25,8 +25,7 @@ class CudaOps final : public sdk::Ops {
   /// Bytes that suffice for every operation on `seqs` sequences of at most `max_tokens` tokens, cached or evicted
   /// (positions count), with at most `max_queries` queries a call. Grows with both: about 12 bytes a query of a query
   /// head, 4 a position of a KV head, and up to 64 MiB (more if one tile of rows needs it) for read_mass.
-  static std::size_t workspace_bytes(const sdk::Layer& layer, sdk::i32 seqs, sdk::i64 max_tokens,
-                                     sdk::i64 max_queries);
+  static std::size_t workspace_bytes(const sdk::Layer& layer, sdk::i32 seqs, sdk::i64 max_tokens, sdk::i64 max_queries);
 
   sdk::i32 window_mass(const sdk::Queries& q, sdk::Reduce reduce, float* columns, float* diagonals, sdk::i64 stride,
                        sdk::Error*) noexcept override;

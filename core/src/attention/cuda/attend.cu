@@ -69,8 +69,8 @@ Call::Call(const Attention& attention) : a(attention) {
   check_layout(a);
   const i32 d = a.layer.head_dim, group = a.layer.group();
   const sdk::Selection* read = a.read;
-  rows = read ? read->rows
-              : sdk::Rows{a.q.seqs, a.layer.num_kv_heads, 0, 1, static_cast<i32>(a.q.count), 0, a.q.count, 0};
+  rows =
+      read ? read->rows : sdk::Rows{a.q.seqs, a.layer.num_kv_heads, 0, 1, static_cast<i32>(a.q.count), 0, a.q.count, 0};
   heads = read && rows.per_query_head ? 1 : group;
   first_query = static_cast<i64>(rows.tile_begin) * rows.q_tile;
   queries = std::min(a.q.count, first_query + static_cast<i64>(rows.tiles) * rows.q_tile) - first_query;
@@ -80,7 +80,10 @@ Call::Call(const Attention& attention) : a(attention) {
     throw Error({"the head size is larger than the GPU kernels take", std::to_string(kGenericMostHeadDim),
                  std::to_string(d), "attention", "Use device = \"cpu\"."});
   const i64 packed = std::min<i64>(rows.q_tile, a.q.count) * heads;
-  plan.tile_rows = !plan.tensor_cores ? kGenericTileRows : packed > 64 ? 128 : packed > 16 ? 64 : 16;
+  plan.tile_rows = !plan.tensor_cores                 ? kGenericTileRows
+                   : packed <= 16                     ? 16
+                   : packed <= 64 || d > kWideHeadDim ? 64
+                                                      : 128;
   tiles_per_row = (packed + plan.tile_rows - 1) / plan.tile_rows;
   const i64 tiles = std::max<i64>(rows.count() * tiles_per_row, 1);
   const i64 most = std::min((a.kv.max_length + kLeastSplitKeys - 1) / kLeastSplitKeys, kMostSplits);
@@ -89,7 +92,8 @@ Call::Call(const Attention& attention) : a(attention) {
   if (read) {
     weighted = !a.ignore_weights && (read->piece_log_weight || read->token_log_weight);
     list_stride = std::max<i64>(a.kv.max_length, 1);
-    const i64 row_bytes = list_stride * static_cast<i64>(sizeof(i32) + (weighted ? sizeof(float) + sizeof(OwnerKey) : 0));
+    const i64 row_bytes =
+        list_stride * static_cast<i64>(sizeof(i32) + (weighted ? sizeof(float) + sizeof(OwnerKey) : 0));
     plan.list_rows = std::clamp<i64>(kListBytes / row_bytes, 1, std::max<i64>(rows.count(), 1));
   }
   Carver counted(nullptr);

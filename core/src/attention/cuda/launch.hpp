@@ -21,7 +21,9 @@ struct ListOutput {
 /// Lists of rows [row_begin, row_begin + rows) of the selection.
 void launch_lists(const Attention& a, i64 row_begin, i64 rows, const ListOutput& out, cudaStream_t stream);
 
-/// blocks = rows of the launch * tiles_per_row * splits. tile_rows: 16, 64 or 128.
+/// blocks = rows of the launch * tiles_per_row * splits. tile_rows: 16, 64 or, up to this head size, 128: larger ones
+/// would not fit the shared memory of sm_80.
+constexpr i32 kWideHeadDim = 128;
 template <int kHeadDim>
 void launch_tensor(const Job& job, i64 blocks, cudaStream_t stream);
 

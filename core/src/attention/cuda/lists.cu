@@ -1,10 +1,10 @@
 // What a row of a selection reads, as one ascending list of distinct slots: the GPU's expand_row and RowSet::cells.
 //
-// A thread block a row: pieces and tokens set bits of a map in shared memory, then every warp counts its words and
-// writes their slots behind those of the warps before it. Caches longer than the map go through it in turns. With log
-// weights a second pass finds the entry that decides each slot's weight: the covering piece that starts first, the one
-// listed first among those, else the token listed first; the smallest of keys that order them so, by atomic minimum,
-// which is the same in whatever order they come.
+// A thread block a row: pieces and tokens set bits of a map in shared memory, then every warp counts the bits of its
+// words and writes their slots behind those of the warps before it. Caches longer than the map go through it in turns.
+// With log weights a second pass finds the entry that decides each slot's weight: the covering piece that starts first,
+// the one listed first among those, else the token listed first; the smallest of keys that order them so, by atomic
+// minimum, which is the same in whatever order they come.
 #include "launch.hpp"
 
 namespace lacuna::cuda {
@@ -12,7 +12,7 @@ namespace {
 
 using sdk::u32;
 
-constexpr int kThreads = 256, kWarps = kThreads / 32;
+constexpr int kThreads = 512, kWarps = kThreads / 32;
 constexpr i32 kWords = 8192, kMapSlots = 32 * kWords;
 constexpr u32 kTokenRank = ~0u;  // behind every piece's start
 constexpr OwnerKey kNobody = ~0ull;
@@ -34,10 +34,12 @@ __device__ OwnerKey token_key(i32 place) { return static_cast<OwnerKey>(kTokenRa
 struct ListRow {
   const i32 *pieces, *tokens;
   i32 num_pieces, num_tokens, kv_block;
-  i32 visible;               // slots that the row's last query sees
-  i32 sinks, window_begin;   // exact parts: slots [0, sinks) and [window_begin, visible)
+  i32 visible;              // slots that the row's last query sees
+  i32 sinks, window_begin;  // exact parts: slots [0, sinks) and [window_begin, visible)
 
-  __device__ i64 piece_end(i32 p) const { return min(static_cast<i64>(pieces[p]) + kv_block, static_cast<i64>(visible)); }
+  __device__ i64 piece_end(i32 p) const {
+    return min(static_cast<i64>(pieces[p]) + kv_block, static_cast<i64>(visible));
+  }
 };
 
 __device__ ListRow list_row(const sdk::Selection& s, i64 row, i32 length, i64 queries) {
@@ -65,7 +67,8 @@ __device__ void mark_members(const ListRow& r, i64 base, i32 words, u32* map) {
   }
   for (i32 t = static_cast<i32>(threadIdx.x); t < r.num_tokens; t += kThreads) {
     const i64 slot = r.tokens[t];
-    if (slot >= base && slot < min(map_end, static_cast<i64>(r.visible))) atomicOr(map + (slot - base) / 32, 1u << slot % 32);
+    if (slot >= base && slot < min(map_end, static_cast<i64>(r.visible)))
+      atomicOr(map + (slot - base) / 32, 1u << slot % 32);
   }
 }
 
@@ -74,7 +77,10 @@ __device__ i32 entry_of(const i32* list, i32 count, i32 slot) {
   i32 lo = 0, hi = count;
   while (lo < hi) {
     const i32 mid = (lo + hi) / 2;
-    if ((list[mid] & kSlotMask) < slot) lo = mid + 1; else hi = mid;
+    if ((list[mid] & kSlotMask) < slot)
+      lo = mid + 1;
+    else
+      hi = mid;
   }
   return lo;
 }
@@ -92,7 +98,8 @@ __device__ void write_weights(const sdk::Selection& s, i64 row, const ListRow& r
     for (i64 n = 0; n < members; ++n) atomicMin(owner + at + n, owner_key(r.pieces[p], p));
   }
   for (i32 t = thread; t < r.num_tokens; t += kThreads)
-    if (r.tokens[t] >= 0 && r.tokens[t] < r.visible) atomicMin(owner + entry_of(list, count, r.tokens[t]), token_key(t));
+    if (r.tokens[t] >= 0 && r.tokens[t] < r.visible)
+      atomicMin(owner + entry_of(list, count, r.tokens[t]), token_key(t));
   __syncthreads();
   for (i32 n = thread; n < count; n += kThreads) {
     const OwnerKey by = owner[n];
@@ -140,12 +147,23 @@ __global__ __launch_bounds__(kThreads) void lists_kernel(const __grid_constant__
       if (w < warp) at += warp_count[w];
       total += warp_count[w];
     }
-    for (i32 w = first; w < last; ++w) {
-      const u32 always = map[w] | sinks_of(w), all = always | window_of(w);
-      const i32 slot = static_cast<i32>(base + 32ll * w + lane);
-      if (all >> lane & 1)
-        list[at + __popc(all & ((1u << lane) - 1))] = always >> lane & 1 ? slot : slot | ~kSlotMask;
-      at += __popc(all);
+    for (i32 begin = first; begin < last; begin += 32) {  // a lane a word, then the warp a word that is not empty
+      const i32 w = begin + lane;
+      const u32 always = w < last ? map[w] | sinks_of(w) : 0, all = w < last ? always | window_of(w) : 0;
+      i32 up_to = __popc(all);
+      for (int step = 1; step < 32; step *= 2) {
+        const i32 lower = __shfl_up_sync(~0u, up_to, step);
+        if (lane >= step) up_to += lower;
+      }
+      const i32 before = at + up_to - __popc(all);
+      for (u32 left = __ballot_sync(~0u, all != 0); left != 0; left &= left - 1) {
+        const int source = __ffs(static_cast<int>(left)) - 1;
+        const u32 bits = __shfl_sync(~0u, all, source), kept = __shfl_sync(~0u, always, source);
+        const i32 to = __shfl_sync(~0u, before, source) + __popc(bits & ((1u << lane) - 1));
+        const i32 slot = static_cast<i32>(base + 32ll * (begin + source) + lane);
+        if (bits >> lane & 1) list[to] = kept >> lane & 1 ? slot : slot | ~kSlotMask;
+      }
+      at += __shfl_sync(~0u, up_to, 31);
     }
     __syncthreads();  // before the map and the counts are written again
   }
@@ -158,7 +176,7 @@ __global__ __launch_bounds__(kThreads) void lists_kernel(const __grid_constant__
 
 void launch_lists(const Attention& a, i64 row_begin, i64 rows, const ListOutput& out, cudaStream_t stream) {
   lists_kernel<<<static_cast<unsigned>(rows), kThreads, 0, stream>>>(*a.read, row_begin, a.kv.length,
-                                                                    a.layer.num_kv_heads, out);
+                                                                     a.layer.num_kv_heads, out);
   check_launch("key lists of a selection");
 }
 

@@ -15,6 +15,7 @@ __global__ __launch_bounds__(kThreads) void merge_kernel(const __grid_constant__
   const float base = top == -INFINITY ? 0.f : top;
   for (i32 c = static_cast<i32>(threadIdx.x); c < job.head_dim; c += kThreads) {
     float sum = 0.f, out = 0.f;
+#pragma unroll 8
     for (i32 n = 0; n < job.splits; ++n) {
       const i64 from = n * job.rows + row;
       const float weight = exp2f((job.part_lse[from] - base) * kLog2e);

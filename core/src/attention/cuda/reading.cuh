@@ -1,9 +1,9 @@
 // Which queries a thread block serves and which keys they read: shared by the tensor-core and the generic kernel.
 //
-// A row (of the selection; read densely, one for all queries of a KV head) holds the queries of a tile for `heads` query
-// heads that read the same keys. Its (query, head) pairs are packed query by query, so that a group's heads share each
-// block of keys and a tile spans few queries. A thread block takes tile_rows of them, and of their keys one of `splits`
-// parts.
+// A row (of the selection; read densely, one for all queries of a KV head) holds the queries of a tile for `heads`
+// query heads that read the same keys. Its (query, head) pairs are packed query by query, so that a group's heads share
+// each block of keys and a tile spans few queries. A thread block takes tile_rows of them, and of their keys one of
+// `splits` parts.
 #pragma once
 
 #include <cuda_runtime.h>
@@ -18,10 +18,10 @@ using sdk::Dtype;
 using sdk::i32;
 using sdk::i64;
 
-constexpr i32 kAlways = INT_MAX;              // `until` of a key that every later query reads
-constexpr i32 kFullRow = -1;                  // ListTable::count of a row that reads every visible slot
-constexpr i32 kSlotMask = INT_MAX;            // an entry of a list is a slot; its sign bit: only the exact window holds it
-constexpr i32 kNoKey = -1;                    // beyond the last entry (no slot: the mask gives INT_MAX)
+constexpr i32 kAlways = INT_MAX;    // `until` of a key that every later query reads
+constexpr i32 kFullRow = -1;        // ListTable::count of a row that reads every visible slot
+constexpr i32 kSlotMask = INT_MAX;  // an entry of a list is a slot; its sign bit: only the exact window holds it
+constexpr i32 kNoKey = -1;          // beyond the last entry (no slot: the mask gives INT_MAX)
 constexpr float kLog2e = 1.4426950408889634f;  // softmax works in powers of two
 constexpr float kLn2 = 0.6931471805599453f;
 
@@ -117,7 +117,8 @@ struct TileKeys {
       if (job.lists.weight) weight = job.lists.weight + local * job.lists.stride;
       if (job.exact_window) exact_window = job.exact_window[tile.row];
       const i32* entries = list;
-      count = tile.last_of_row ? listed : partition_point(0, listed, [=](i32 n) { return (entries[n] & kSlotMask) < end; });
+      count =
+          tile.last_of_row ? listed : partition_point(0, listed, [=](i32 n) { return (entries[n] & kSlotMask) < end; });
       return;
     }
     if (job.layer.sliding_window > 0 && end > 0) {

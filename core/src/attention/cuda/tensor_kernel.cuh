@@ -79,9 +79,7 @@ class KeyLookup {
 
  private:
   __device__ static int lane() { return static_cast<int>(threadIdx.x % 32); }
-  __device__ static int group(int n) {
-    return n * (Shape::kThreads / 32) + static_cast<int>(threadIdx.x / 32);
-  }
+  __device__ static int group(int n) { return n * (Shape::kThreads / 32) + static_cast<int>(threadIdx.x / 32); }
   __device__ static bool mine(int n) { return group(n) < Shape::kGroups; }
   __device__ static i32 key(i32 block, int n) { return block * Shape::kKeys + group(n) * 32 + lane(); }
 
@@ -99,7 +97,8 @@ __device__ void copy_block(const Job& job, const KeyBlock<Shape::kKeys>& block, 
   const auto *pool_k = static_cast<const sdk::u16*>(job.kv.k), *pool_v = static_cast<const sdk::u16*>(job.kv.v);
 #pragma unroll 4
   for (int n = 0; n < Shape::kKeys * Shape::kChunks / Shape::kThreads; ++n) {
-    const int c = n * Shape::kThreads + static_cast<int>(threadIdx.x), key = c / Shape::kChunks, chunk = c % Shape::kChunks;
+    const int c = n * Shape::kThreads + static_cast<int>(threadIdx.x), key = c / Shape::kChunks,
+              chunk = c % Shape::kChunks;
     const i32 source = block.source[key];
     const i64 from = (static_cast<i64>(max(source, 0)) * Shape::kChunks + chunk) * 8;
     copy_async(k + Shape::at(key, chunk), pool_k + from, source >= 0);
@@ -173,7 +172,8 @@ __device__ void add_values(float (&out)[kOutTiles][4], const float (&p)[kTiles][
 struct SoftmaxState {
   float top[2] = {-INFINITY, -INFINITY}, sum[2] = {0.f, 0.f};
 
-  /// Turns logits (in powers of two) into probabilities relative to the new maximum; `keep`: what it leaves of old sums.
+  /// Turns logits (in powers of two) into probabilities relative to the new maximum; `keep`: what it leaves of old
+  /// sums.
   template <int kTiles>
   __device__ void soften(float (&s)[kTiles][4], float (&keep)[2]) {
 #pragma unroll
@@ -240,8 +240,7 @@ __global__ __launch_bounds__(32 * kWarps) void tensor_kernel(const __grid_consta
   for (i32 n = 0; n < last - first; ++n) {
     wait_for_copies();
     __syncthreads();
-    if (first + n + 1 < last)
-      copy_block<Shape>(job, blocks[(n + 1) % 3], stage(n + 1), stage(n + 1) + Shape::kStage);
+    if (first + n + 1 < last) copy_block<Shape>(job, blocks[(n + 1) % 3], stage(n + 1), stage(n + 1) + Shape::kStage);
     lookup.load(first + n + 2);
 
     const sdk::u16 *k = stage(n), *v = k + Shape::kStage;
@@ -309,7 +308,8 @@ void launch_tensor(const Job& job, i64 blocks, cudaStream_t stream) {
     switch (job.tile_rows) {
       case 16: return launch_tensor_kernel<kType, kHeadDim, 1>(job, blocks, stream);
       case 64: return launch_tensor_kernel<kType, kHeadDim, 4>(job, blocks, stream);
-      default: return launch_tensor_kernel<kType, kHeadDim, 8>(job, blocks, stream);
+      default:
+        if constexpr (kHeadDim <= kWideHeadDim) launch_tensor_kernel<kType, kHeadDim, 8>(job, blocks, stream);
     }
   };
   if (job.kv.dtype == Dtype::bf16)

@@ -52,7 +52,8 @@ class Carver {
  public:
   static constexpr std::size_t kAlignment = 256;
 
-  Carver(void* memory, std::size_t bytes, const char* op) : memory_(static_cast<char*>(memory)), bytes_(bytes), op_(op) {}
+  Carver(void* memory, std::size_t bytes, const char* op)
+      : memory_(static_cast<char*>(memory)), bytes_(bytes), op_(op) {}
 
   static constexpr std::size_t padded(std::size_t bytes) { return ceil_div(bytes, kAlignment) * kAlignment; }
   std::size_t left() const { return bytes_ - used_; }

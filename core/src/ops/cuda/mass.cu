@@ -1,5 +1,7 @@
 #include <algorithm>
-#include <type_traits>
+#include <cmath>
+#include <cstdint>
+#include <initializer_list>
 
 #include "mass.cuh"
 
@@ -60,7 +62,8 @@ __global__ void __launch_bounds__(kThreads) lse_kernel(Mass m, i64 strips, i64 c
   const Strip strip = strip_at(quad * kWarps + warp_id());
   i32 last = -1;  // that any of the block's queries sees
   for (int w = 0; w < kWarps; ++w)
-    if (const Strip s = strip_at(quad * kWarps + w); s.count > 0) last = max(last, m.slot(kv_row, s.first + s.count - 1));
+    if (const Strip s = strip_at(quad * kWarps + w); s.count > 0)
+      last = max(last, m.slot(kv_row, s.first + s.count - 1));
 
   i32 slot[2];
   strip.slots(m, kv_row, slot);
@@ -95,7 +98,8 @@ __global__ void merge_lse_kernel(i64 n, i64 chunks, double* lse) {
 // A block owns some whole units of a tile of a KV row's queries (`span` slots: as many units as fit in a block of keys,
 // or one longer one) and goes through the group's heads, so that every sum has one order.
 template <Dtype kType, class Combine>
-__global__ void __launch_bounds__(kThreads) unit_kernel(Mass m, UnitSums out, i64 span, i64 spans, WarpSplit split, Combine combine) {
+__global__ void __launch_bounds__(kThreads)
+    unit_kernel(Mass m, UnitSums out, i64 span, i64 spans, WarpSplit split, Combine combine) {
   extern __shared__ uint4 shared[];
   const Tile<kType> tile(shared, m.depth);
   double* part = reinterpret_cast<double*>(tile.rest);  // [kWarps, kKeys] of the keys that are loaded
@@ -106,7 +110,8 @@ __global__ void __launch_bounds__(kThreads) unit_kernel(Mass m, UnitSums out, i6
   const i64 query_begin = rows.query_begin(t) - m.begin, query_end = rows.query_end(t) - m.begin;
   const i32 last = m.slot(kv_row, query_end - 1);
   if (first_slot > last) return;
-  const i64 end_slot = min(first_slot + span, static_cast<i64>(last) + 1), strips = ceil_div<i64>(query_end - query_begin, kStrip);
+  const i64 end_slot = min(first_slot + span, static_cast<i64>(last) + 1),
+            strips = ceil_div<i64>(query_end - query_begin, kStrip);
   const i64 units = min(out.units - first_unit, ceil_div(end_slot - first_slot, static_cast<i64>(out.unit_tokens)));
   const int at_once = split.heads_at_once(), sums = rows.per_query_head ? at_once : 1;
   const int warps = rows.per_query_head ? split.ways : kWarps;  // that one sum adds up
@@ -127,12 +132,16 @@ __global__ void __launch_bounds__(kThreads) unit_kernel(Mass m, UnitSums out, i6
         i32 slot[2];
         strip.slots(m, kv_row, slot);
         double lse[2];
-        for (int half = 0; half < 2; ++half) lse[half] = slot[half] >= 0 ? m.lse[head * m.count + first + query_index(half)] : INFINITY;
+        for (int half = 0; half < 2; ++half)
+          lse[half] = slot[half] >= 0 ? m.lse[head * m.count + first + query_index(half)] : INFINITY;
         float p[kKeyTiles][2] = {};
-        for_each_probability(
-            tile, is_wide(strip.norm(m), m.key_norm[kv_row * m.key_blocks() + begin / kKeys]), m.scale, lse,
-            [&](int half, int key) { return begin + key <= slot[half] ? 0.f : -INFINITY; },
-            [&](int, int n, int c, float value) { p[n][c] = combine(p[n][c], value); });
+        const float* norm = m.key_norm + kv_row * m.key_blocks();
+        const i64 last_key = min(begin + kKeys, end_slot) - 1;
+        with_products(tile, is_wide(strip.norm(m), fmaxf(norm[begin / kKeys], norm[last_key / kKeys])), [&](auto& x) {
+          for_each_probability(
+              x, m.scale, lse, [&](int half, int key) { return begin + key <= slot[half] ? 0.f : -INFINITY; },
+              [&](int, int n, int c, float value) { p[n][c] = combine(p[n][c], value); });
+        });
         const float2 both = combine_queries(p, combine);
         sum[0] = combine(sum[0], static_cast<double>(both.x));
         sum[1] = combine(sum[1], static_cast<double>(both.y));
@@ -175,10 +184,18 @@ bool all_aligned(const void* data, i32 head_dim, std::initializer_list<i64> stri
   return aligned;
 }
 
+void find_seen(Mass& m, i64 first_position, Carver& workspace, cudaStream_t stream, const char* op) {
+  m.first_position = first_position;
+  m.positions = m.q.first_position + m.begin + m.count - first_position;
+  const i64 n = m.kv.rows * m.positions;
+  i32* seen = workspace.take<i32>(n);
+  launch(op, stream, seen_kernel, ceil_div<i64>(n, 256), 256, 0, m.kv, first_position, m.positions, seen);
+  m.seen = seen;
+}
+
 }  // namespace
 
-Mass prepare_mass(const sdk::Call& call, const sdk::Queries& q, i64 begin, i64 count, i64 first_position,
-                  Carver& workspace, const char* op) {
+Mass make_mass(const sdk::Call& call, const sdk::Queries& q, i64 begin, i64 count, const char* op) {
   if (q.head_dim > kMaxHeadDim)
     throw Error({"the head is too large for the GPU's operations", "head_dim up to " + std::to_string(kMaxHeadDim),
                  std::to_string(q.head_dim), op, "Use device = \"cpu\"."});
@@ -187,34 +204,43 @@ Mass prepare_mass(const sdk::Call& call, const sdk::Queries& q, i64 begin, i64 c
   m.kv = kv;
   m.q = q;
   m.keys = {kv.k, kv.dtype, kv.head_dim, all_aligned(kv.k, kv.head_dim, {})};
-  m.queries = {q.data, q.dtype, q.head_dim, all_aligned(q.data, q.head_dim, {q.seq_stride, q.head_stride, q.row_stride})};
+  m.queries = {q.data, q.dtype, q.head_dim,
+               all_aligned(q.data, q.head_dim, {q.seq_stride, q.head_stride, q.row_stride})};
   m.begin = begin;
   m.count = count;
   m.group = call.layer.group();
   m.depth = ceil_div(q.head_dim, 16) * 16;
   m.scale = static_cast<double>(call.layer.softmax_scale) * kLog2E;
-  m.first_position = first_position;
-  m.positions = q.first_position + begin + count - first_position;
+  return m;
+}
 
-  const cudaStream_t stream = stream_of(call);
-  i32* seen = workspace.take<i32>(kv.rows * m.positions);
-  float* query_norm = workspace.take<float>(m.heads() * count);
-  float* key_norm = workspace.take<float>(kv.rows * m.key_blocks());
-  launch(op, stream, seen_kernel, ceil_div<i64>(kv.rows * m.positions, 256), 256, 0, kv, first_position, m.positions, seen);
-  launch(op, stream, query_norm_kernel, ceil_div<i64>(m.heads() * count, kRowsABlock), 32 * kRowsABlock, 0, m,
-         std::abs(call.layer.softmax_scale), query_norm);
-  launch(op, stream, key_norm_kernel, ceil_div<i64>(kv.rows * m.key_blocks(), kRowsABlock), 32 * kRowsABlock, 0, m, key_norm);
-  m.seen = seen;
+void find_norms(Mass& m, float scale, Carver& workspace, cudaStream_t stream, const char* op) {
+  const i64 rows = m.heads() * m.count, blocks = m.kv.rows * m.key_blocks();
+  float* query_norm = workspace.take<float>(rows);
+  float* key_norm = workspace.take<float>(blocks);
+  launch(op, stream, query_norm_kernel, ceil_div<i64>(rows, kRowsABlock), 32 * kRowsABlock, 0, m, std::abs(scale),
+         query_norm);
+  launch(op, stream, key_norm_kernel, ceil_div<i64>(blocks, kRowsABlock), 32 * kRowsABlock, 0, m, key_norm);
   m.query_norm = query_norm;
   m.key_norm = key_norm;
+}
+
+Mass prepare_mass(const sdk::Call& call, const sdk::Queries& q, i64 begin, i64 count, i64 first_position,
+                  Carver& workspace, const char* op) {
+  Mass m = make_mass(call, q, begin, count, op);
+  find_seen(m, first_position, workspace, stream_of(call), op);
+  find_norms(m, call.layer.softmax_scale, workspace, stream_of(call), op);
   return m;
 }
 
 void find_lse(Mass& m, Carver& workspace, cudaStream_t stream, const char* op) {
-  const i64 strips = ceil_div<i64>(m.count, kStrip), quads = ceil_div<i64>(m.group * strips, kWarps), n = m.heads() * m.count;
+  const i64 strips = ceil_div<i64>(m.count, kStrip), quads = ceil_div<i64>(m.group * strips, kWarps),
+            n = m.heads() * m.count;
   // Few queries: the keys are cut into chunks, too, and their sums merged in order.
-  const i64 wanted = std::clamp<i64>(kWantedBlocks / std::max<i64>(1, m.kv.rows * quads), 1, std::max<i64>(1, m.key_blocks()));
-  const i64 chunk = ceil_div(m.key_blocks(), wanted), chunks = std::max<i64>(1, ceil_div(m.key_blocks(), std::max<i64>(1, chunk)));
+  const i64 wanted =
+      std::clamp<i64>(kWantedBlocks / std::max<i64>(1, m.kv.rows * quads), 1, std::max<i64>(1, m.key_blocks()));
+  const i64 chunk = ceil_div(m.key_blocks(), wanted),
+            chunks = std::max<i64>(1, ceil_div(m.key_blocks(), std::max<i64>(1, chunk)));
   double* lse = workspace.take<double>(n * chunks);
   m.lse = lse;
   with_tile_type(m.q.dtype, m.kv.dtype, [&](auto type) {

@@ -6,7 +6,8 @@
 
 namespace lacuna::cuda {
 
-/// Queries [begin, begin + count) of `q` against `kv`. Head: sequence * q.heads + query head; it reads KV row head / group.
+/// Queries [begin, begin + count) of `q` against `kv`. Head: sequence * q.heads + query head; it reads KV row head /
+/// group.
 struct Mass {
   sdk::Paged kv;
   sdk::Queries q;
@@ -31,7 +32,11 @@ struct Mass {
   }
 };
 
-/// Facts of a range, with the norms (and `seen`, from original position `first_position` on) computed on the stream.
+/// The shapes of a range; what the steps below compute is missing yet.
+Mass make_mass(const sdk::Call& call, const sdk::Queries& q, i64 begin, i64 count, const char* op);
+/// Computes query_norm and key_norm; `scale` makes logits of products.
+void find_norms(Mass& mass, float scale, Carver& workspace, cudaStream_t stream, const char* op);
+/// All of it but lse; `seen` begins at an original position.
 Mass prepare_mass(const sdk::Call& call, const sdk::Queries& q, i64 begin, i64 count, i64 first_position,
                   Carver& workspace, const char* op);
 /// Computes lse over every visible key.

@@ -46,7 +46,8 @@ __global__ void owner_kernel(sdk::Paged kv, i32 num_kv_heads, Read r) {
   if (set.full && set.full[row]) return;
   const i64 pieces = set.piece_count ? set.piece_count[row] : 0, tokens = set.token_count ? set.token_count[row] : 0;
   for (i64 n = threadIdx.x; n < pieces * set.kv_block; n += blockDim.x) {
-    const i64 place = n / set.kv_block, offset = n % set.kv_block, slot = set.pieces[row * set.piece_capacity + place] + offset;
+    const i64 place = n / set.kv_block, offset = n % set.kv_block,
+              slot = set.pieces[row * set.piece_capacity + place] + offset;
     if (slot >= 0 && slot < length)
       atomicMin(owner + slot, static_cast<u32>((set.kv_block - 1 - offset) * set.piece_capacity + place));
   }
@@ -91,7 +92,7 @@ __global__ void __launch_bounds__(kThreads)
     read_kernel(Mass m, Read r, const float* lse, WarpSplit split, double* sums, float* columns, i64 stride) {
   extern __shared__ uint4 shared[];
   const Tile<kType> tile(shared, m.depth);
-  double* part = reinterpret_cast<double*>(tile.rest);                    // [kWarps, kKeys]
+  double* part = reinterpret_cast<double*>(tile.rest);  // [kWarps, kKeys]
   float* weights = reinterpret_cast<float*>(part + kWarps * kKeys) + warp_id() * kKeys;
   i32* key_position = reinterpret_cast<i32*>(reinterpret_cast<float*>(part + kWarps * kKeys) + kWarps * kKeys);
   const i64 kv_row = blockIdx.x / m.key_blocks(), block = blockIdx.x % m.key_blocks(), begin = block * kKeys;
@@ -126,17 +127,20 @@ __global__ void __launch_bounds__(kThreads)
       for (int half = 0; half < 2; ++half) {
         const float at = slot[half] >= 0 ? lse[head * m.count + first + query_index(half)] : -INFINITY;
         base[half] = at > -INFINITY ? at * kLog2E : INFINITY;
-        oldest[half] = r.sliding_window > 0 && slot[half] >= 0 ? m.kv.position_of(kv_row, slot[half]) - r.sliding_window + 1 : 0;
+        oldest[half] =
+            r.sliding_window > 0 && slot[half] >= 0 ? m.kv.position_of(kv_row, slot[half]) - r.sliding_window + 1 : 0;
       }
       const auto weight = [&](int half, int key) {
         const bool member = lists.members >> key & 1;
-        bool read = begin + key <= slot[half] && (member || begin + key < lists.sinks || slot[half] - (begin + key) < lists.window);
+        bool read = begin + key <= slot[half] &&
+                    (member || begin + key < lists.sinks || slot[half] - (begin + key) < lists.window);
         if (r.sliding_window > 0) read = read && key_position[key] >= oldest[half];
         return !read ? -INFINITY : lists.log_weight ? lists.log_weight[key] : 0.f;
       };
       float p[kKeyTiles][2] = {};
-      for_each_probability(tile, is_wide(strip.norm(m), m.key_norm[kv_row * m.key_blocks() + block]), m.scale, base, weight,
-                           [&](int, int n, int c, float value) { p[n][c] += value; });
+      with_products(tile, is_wide(strip.norm(m), m.key_norm[kv_row * m.key_blocks() + block]), [&](auto& x) {
+        for_each_probability(x, m.scale, base, weight, [&](int, int n, int c, float value) { p[n][c] += value; });
+      });
       const float2 both = combine_queries(p, Add{});
       sum[0] += both.x;
       sum[1] += both.y;
@@ -160,12 +164,15 @@ __global__ void __launch_bounds__(kThreads)
 }
 
 void check_lists(const sdk::Selection& set) {
-  const u64 entries = static_cast<u64>(set.kv_block) * static_cast<u64>(set.piece_capacity) + static_cast<u64>(set.token_capacity);
+  const u64 entries =
+      static_cast<u64>(set.kv_block) * static_cast<u64>(set.piece_capacity) + static_cast<u64>(set.token_capacity);
   if (entries >= kUnlisted)
-    throw Error({"a row's lists are too long", "fewer than 2^32 slots named", std::to_string(entries), "read_mass", ""});
+    throw Error(
+        {"a row's lists are too long", "fewer than 2^32 slots named", std::to_string(entries), "read_mass", ""});
 }
 
-void read_mass(const sdk::Call& call, const sdk::Attended& attended, Mass& m, Carver& workspace, float* columns, i64 stride) {
+void read_mass(const sdk::Call& call, const sdk::Attended& attended, Mass& m, Carver& workspace, float* columns,
+               i64 stride) {
   const cudaStream_t stream = stream_of(call);
   const i64 slots = call.kv.max_length;
   Read r{};
@@ -193,13 +200,15 @@ void read_mass(const sdk::Call& call, const sdk::Attended& attended, Mass& m, Ca
     r.first = r.tile == 0;
     r.last = r.tile + r.tiles == all_tiles;
     if (r.listed) {
-      check(cudaMemsetAsync(r.owner, 0xff, static_cast<std::size_t>(r.tiles * table_rows * slots) * sizeof(u32), stream), "read_mass");
+      check(
+          cudaMemsetAsync(r.owner, 0xff, static_cast<std::size_t>(r.tiles * table_rows * slots) * sizeof(u32), stream),
+          "read_mass");
       launch("read_mass", stream, owner_kernel, table_rows * r.tiles, 256, 0, m.kv, call.layer.num_kv_heads, r);
     }
     with_tile_type(m.q.dtype, m.kv.dtype, [&](auto type) {
       constexpr Dtype kType = decltype(type)::value;
-      launch("read_mass", stream, read_kernel<kType>, m.kv.rows * m.key_blocks(), kThreads, read_bytes<kType>(m.depth), m, r,
-             attended.lse, WarpSplit(r.tiles * r.strips), sums, columns, stride);
+      launch("read_mass", stream, read_kernel<kType>, m.kv.rows * m.key_blocks(), kThreads, read_bytes<kType>(m.depth),
+             m, r, attended.lse, WarpSplit(r.tiles * r.strips), sums, columns, stride);
     });
   }
 }

@@ -17,8 +17,8 @@ namespace lacuna::cuda {
 
 using sdk::Dtype;
 
-constexpr int kKeys = 64;    // of a block
-constexpr int kStrip = 16;   // queries of a warp
+constexpr int kKeys = 64;   // of a block
+constexpr int kStrip = 16;  // queries of a warp
 constexpr int kWarps = 4;
 constexpr int kThreads = 32 * kWarps;
 constexpr int kKeyTiles = kKeys / 8;
@@ -108,7 +108,8 @@ struct Tile {
   int depth;
 
   static std::size_t bytes(int depth) {
-    return kKeys * sizeof(i64) + (kKeys + kWarps * kStrip) * static_cast<std::size_t>(pitch<kType>(depth)) * sizeof(Store<kType>);
+    return kKeys * sizeof(i64) +
+           (kKeys + kWarps * kStrip) * static_cast<std::size_t>(pitch<kType>(depth)) * sizeof(Store<kType>);
   }
   __device__ Tile(void* memory, int depth) : depth(depth) {
     element = static_cast<i64*>(memory);
@@ -170,9 +171,12 @@ __device__ inline void multiply_add(double& c0, double& c1, double a, double b) 
 
 template <Dtype kType>
 __device__ double widened(Store<kType> x) {
-  if constexpr (kType == Dtype::f32) return x;
-  else if constexpr (kType == Dtype::bf16) return sdk::from_bf16(x);
-  else return __half2float(__ushort_as_half(x));
+  if constexpr (kType == Dtype::f32)
+    return x;
+  else if constexpr (kType == Dtype::bf16)
+    return sdk::from_bf16(x);
+  else
+    return __half2float(__ushort_as_half(x));
 }
 
 /// x = the products of the warp's strip with the tile's keys, summed in T.
@@ -280,24 +284,21 @@ __device__ void add_block(Softmax (&state)[2], T (&x)[kKeyTiles][4], double scal
   }
 }
 
-/// f(half, n, c, probability) of every element; lse in base 2, +inf for a query without a softmax; weight(half, key):
-/// what is added to the base-2 logit, -inf for a cell that is not read.
-template <Dtype kType, class Weight, class F>
-__device__ void for_each_probability(const Tile<kType>& tile, bool wide, double scale, const double (&lse)[2],
-                                     Weight weight, F f) {
-  with_products(tile, wide, [&](auto& x) {
-    using T = std::remove_reference_t<decltype(x[0][0])>;
-    const T factor = static_cast<T>(scale), base[2] = {static_cast<T>(lse[0]), static_cast<T>(lse[1])};
+/// f(half, n, c, probability) of every element of a block's products; lse in base 2, +inf for a query without a
+/// softmax; weight(half, key): what is added to the base-2 logit, -inf for a cell that is not read.
+template <class T, class Weight, class F>
+__device__ void for_each_probability(const T (&x)[kKeyTiles][4], double scale, const double (&lse)[2], Weight weight,
+                                     F f) {
+  const T factor = static_cast<T>(scale), base[2] = {static_cast<T>(lse[0]), static_cast<T>(lse[1])};
 #pragma unroll
-    for (int half = 0; half < 2; ++half)
+  for (int half = 0; half < 2; ++half)
 #pragma unroll
-      for (int n = 0; n < kKeyTiles; ++n)
+    for (int n = 0; n < kKeyTiles; ++n)
 #pragma unroll
-        for (int c = 0; c < 2; ++c) {
-          const T shift = static_cast<T>(weight(half, key_index(n, c))) - base[half];
-          f(half, n, c, exp2_fast(static_cast<float>(x[n][2 * half + c] * factor + shift)));
-        }
-  });
+      for (int c = 0; c < 2; ++c) {
+        const T shift = static_cast<T>(weight(half, key_index(n, c))) - base[half];
+        f(half, n, c, exp2_fast(static_cast<float>(x[n][2 * half + c] * factor + shift)));
+      }
 }
 
 struct Add {

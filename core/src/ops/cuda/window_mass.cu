@@ -15,8 +15,8 @@ constexpr int kCellPitch = kKeys + 1;
 
 template <Dtype kType>
 std::size_t diagonal_bytes(const Mass& m) {
-  return Tile<kType>::bytes(m.depth) + m.group * kDiagonals * sizeof(double) + kWarps * kStrip * kCellPitch * sizeof(float) +
-         kKeys * sizeof(int);
+  return Tile<kType>::bytes(m.depth) + m.group * kDiagonals * sizeof(double) +
+         kWarps * kStrip * kCellPitch * sizeof(float) + kKeys * sizeof(int);
 }
 
 // A block owns the distances [offset, offset + kDiagonals) of a KV row's heads, and goes through the strips of queries
@@ -26,9 +26,10 @@ __global__ void __launch_bounds__(kThreads)
     diagonal_kernel(Mass m, i64 ranges, i64 stride, double divisor, float* out, Combine combine) {
   extern __shared__ uint4 shared[];
   const Tile<kType> tile(shared, m.depth);
-  double* sum = reinterpret_cast<double*>(tile.rest);                              // [group, kDiagonals]
+  double* sum = reinterpret_cast<double*>(tile.rest);  // [group, kDiagonals]
   float* cells = reinterpret_cast<float*>(sum + m.group * kDiagonals) + warp_id() * kStrip * kCellPitch;
-  int* key_at = reinterpret_cast<int*>(reinterpret_cast<float*>(sum + m.group * kDiagonals) + kWarps * kStrip * kCellPitch);
+  int* key_at =
+      reinterpret_cast<int*>(reinterpret_cast<float*>(sum + m.group * kDiagonals) + kWarps * kStrip * kCellPitch);
   const i64 kv_row = blockIdx.x / ranges, offset = blockIdx.x % ranges * kDiagonals;
   const i32* seen = m.seen + kv_row * m.positions;  // by position: the table begins at 0
   for (int n = static_cast<int>(threadIdx.x); n < m.group * kDiagonals; n += kThreads) sum[n] = 0;
@@ -43,7 +44,8 @@ __global__ void __launch_bounds__(kThreads)
     tile.load_keys(m.kv, m.keys, kv_row, [&](int j) { return begin + j < end ? static_cast<i64>(begin + j) : -1; });
     if (threadIdx.x < kKeys) key_at[threadIdx.x] = -1;
     __syncthreads();
-    if (const int j = static_cast<int>(threadIdx.x); j < end - begin) key_at[m.kv.position_of(kv_row, begin + j) - lowest] = j;
+    if (const int j = static_cast<int>(threadIdx.x); j < end - begin)
+      key_at[m.kv.position_of(kv_row, begin + j) - lowest] = j;
     __syncthreads();
     for (int h = warp_id(); h < m.group; h += kWarps) {
       const Strip strip{kv_row * m.group + h, first, count};
@@ -55,9 +57,11 @@ __global__ void __launch_bounds__(kThreads)
         lse[half] = slot[half] >= 0 ? m.lse[strip.head * m.count + first + query_index(half)] : INFINITY;
       const float* norm = m.key_norm + kv_row * m.key_blocks();
       const bool wide = is_wide(strip.norm(m), fmaxf(norm[begin / kKeys], norm[(end - 1) / kKeys]));
-      for_each_probability(
-          tile, wide, m.scale, lse, [&](int half, int key) { return begin + key <= slot[half] ? 0.f : -INFINITY; },
-          [&](int half, int n, int c, float p) { cells[query_index(half) * kCellPitch + key_index(n, c)] = p; });
+      with_products(tile, wide, [&](auto& x) {
+        for_each_probability(
+            x, m.scale, lse, [&](int half, int key) { return begin + key <= slot[half] ? 0.f : -INFINITY; },
+            [&](int half, int n, int c, float p) { cells[query_index(half) * kCellPitch + key_index(n, c)] = p; });
+      });
       __syncwarp();
       for (int d = lane_id(); d < kDiagonals; d += 32) {
         double total = sum[h * kDiagonals + d];
