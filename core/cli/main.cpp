@@ -63,9 +63,9 @@ int run_command(int argc, char** argv) {
 }  // namespace
 }  // namespace lacuna::cli
 
-/// OpenMP threads spin between loops by default; on a machine that does anything else too, that slows a replay several times
-/// over (69 s against 8 s, measured with two other compilers at work). The runtime reads its settings before main, so the
-/// program starts itself again with the setting, once.
+/// OpenMP threads spin between loops by default; on a machine that does anything else too, that slows a replay several
+/// times over (69 s against 8 s, measured with two other compilers at work). The runtime reads its settings before
+/// main, so the program starts itself again with the setting, once.
 void wait_passively(char** argv) {
   if (std::getenv("OMP_WAIT_POLICY")) return;
   setenv("OMP_WAIT_POLICY", "passive", 1);

@@ -86,8 +86,7 @@ void check_cuts(const std::vector<Trace>& traces, const Scenario& scenario) {
 
 std::size_t rows_of(const Trace& trace, const Cell& cell, const Scenario& scenario) {
   std::size_t phases = 0;
-  for (const ReplayPhase p : scenario.options.phases)
-    phases += why_skipped(cell, p, trace.info()).empty();
+  for (const ReplayPhase p : scenario.options.phases) phases += why_skipped(cell, p, trace.info()).empty();
   return phases * trace.info().captured_layers.size();
 }
 

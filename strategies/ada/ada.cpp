@@ -108,7 +108,8 @@ struct Ada : Strategy {
 
     c.for_each(rows.seqs, [=] LACUNA_HD(i64 seq) {
       bool all = true;  // whole units could not say that every head keeps all it has
-      for (i64 row = seq * heads; row < (seq + 1) * heads; ++row) all = all && tokens[row] >= kv.length[rows.kv_row(row, heads_kv)];
+      for (i64 row = seq * heads; row < (seq + 1) * heads; ++row)
+        all = all && tokens[row] >= kv.length[rows.kv_row(row, heads_kv)];
       if (all) return;
       i64 next = 0, over = 0;
       for (i64 head = 0; head < heads; ++head) {

@@ -1,5 +1,5 @@
-// Every strategy of the build passes the suite without being named; every way to break a rule is caught by that rule, and
-// costs only its own rows.
+// Every strategy of the build passes the suite without being named; every way to break a rule is caught by that rule,
+// and costs only its own rows.
 #include <doctest/doctest.h>
 
 #include <algorithm>
@@ -107,7 +107,8 @@ TEST_CASE("each broken rule is caught by its name") {
   const Registry registry = registry_with_bad();
   for (const Fault& fault : kFaults) {
     const std::vector<Finding> findings = check_strategy(registry, registry.find(fault.strategy));
-    const auto found = std::find_if(findings.begin(), findings.end(), [&](const Finding& f) { return f.rule == fault.rule; });
+    const auto found =
+        std::find_if(findings.begin(), findings.end(), [&](const Finding& f) { return f.rule == fault.rule; });
     REQUIRE(found != findings.end());
     CAPTURE(fault.strategy);
     CAPTURE(fault.rule);
@@ -116,7 +117,8 @@ TEST_CASE("each broken rule is caught by its name") {
     CHECK(found->detail.find(fault.text) != std::string::npos);
   }
   int of_library = 0;
-  for (const StrategyType* type : registry.all()) of_library += type->library().find(LACUNA_BAD_PLUGIN) != std::string::npos;
+  for (const StrategyType* type : registry.all())
+    of_library += type->library().find(LACUNA_BAD_PLUGIN) != std::string::npos;
   CHECK(of_library == static_cast<int>(std::size(kFaults)));
 }
 
@@ -126,9 +128,11 @@ TEST_CASE("a strategy that fails costs its own rows and no others") {
   const std::vector<Cell> good = {cell_of(registry, RoleKind::select, {{"name", "random"}, {"density", 0.3}}),
                                   cell_of(registry, RoleKind::evict, {{"name", "random"}, {"density", 0.3}})};
   std::vector<Cell> mixed;
-  for (const char* name : {"throws_score", "bad_nan", "throws_plan", "bad_index"}) mixed.push_back(cell_of(registry, RoleKind::select, {{"name", name}, {"density", 0.3}}));
+  for (const char* name : {"throws_score", "bad_nan", "throws_plan", "bad_index"})
+    mixed.push_back(cell_of(registry, RoleKind::select, {{"name", name}, {"density", 0.3}}));
   mixed.push_back(good[0]);
-  for (const char* name : {"throws_retain", "bad_kept", "bad_nan", "throws_attended"}) mixed.push_back(cell_of(registry, RoleKind::evict, {{"name", name}, {"density", 0.3}}));
+  for (const char* name : {"throws_retain", "bad_kept", "bad_nan", "throws_attended"})
+    mixed.push_back(cell_of(registry, RoleKind::evict, {{"name", name}, {"density", 0.3}}));
   mixed.push_back(good[1]);
 
   for (const bool poison : {false, true}) {
@@ -140,8 +144,10 @@ TEST_CASE("a strategy that fails costs its own rows and no others") {
     for (const Row& row : together.rows) {
       const bool sound = row.cell < 0 || mixed[static_cast<std::size_t>(row.cell)].label == "random";
       CHECK(row.status == (sound ? "ok" : "failed"));
-      if (sound) left.push_back(row);
-      else CHECK(row.error.find(mixed[static_cast<std::size_t>(row.cell)].label) != std::string::npos);
+      if (sound)
+        left.push_back(row);
+      else
+        CHECK(row.error.find(mixed[static_cast<std::size_t>(row.cell)].label) != std::string::npos);
     }
     CHECK(together.rows.size() > left.size());
     REQUIRE(left.size() == alone.rows.size());

@@ -19,7 +19,8 @@ i64 counted(i64 tokens, i64 begin, i64 end) {
 TEST_CASE("capped_pairs counts what each query may read") {
   for (const i64 begin : {0, 1, 5, 64, 100})
     for (const i64 n : {1, 2, 17, 64})
-      for (const i64 tokens : {0, 1, 4, 63, 64, 65, 120, 1000}) CHECK(capped_pairs(tokens, begin, begin + n) == counted(tokens, begin, begin + n));
+      for (const i64 tokens : {0, 1, 4, 63, 64, 65, 120, 1000})
+        CHECK(capped_pairs(tokens, begin, begin + n) == counted(tokens, begin, begin + n));
 }
 
 TEST_CASE("constant_tokens is the largest K whose pairs stay within the density") {

@@ -31,7 +31,9 @@ Resolved built_in(const Json& table, RoleKind role) { return resolve(built_ins()
 std::vector<i32> best(const std::vector<float>& score, i64 k) {
   std::vector<i32> order(score.size());
   std::iota(order.begin(), order.end(), 0);
-  std::stable_sort(order.begin(), order.end(), [&](i32 a, i32 b) { return score[static_cast<std::size_t>(a)] > score[static_cast<std::size_t>(b)]; });
+  std::stable_sort(order.begin(), order.end(), [&](i32 a, i32 b) {
+    return score[static_cast<std::size_t>(a)] > score[static_cast<std::size_t>(b)];
+  });
   order.resize(static_cast<std::size_t>(k));
   std::sort(order.begin(), order.end());
   return order;
@@ -120,7 +122,8 @@ TEST_CASE("h2o holds every KV head at the capacity of the cut while decoding") {
 
 TEST_CASE("uneven heads keep the layer's capacity while decoding") {
   Bed bed(generated(4, 2, 64, 400, 20));
-  const Resolved h2o = built_in({{"name", "h2o"}, {"density", 0.25}}, RoleKind::evict), uneven = resolved(type_of<Uneven>(), {});
+  const Resolved h2o = built_in({{"name", "h2o"}, {"density", 0.25}}, RoleKind::evict),
+                 uneven = resolved(type_of<Uneven>(), {});
   LayerPipeline pipeline = bed.pipeline({nullptr, &h2o, &uneven}, bed.prompt);
   const std::vector<float> out = bed.layer.dense_out(0, bed.prompt), lse = bed.layer.dense_lse(0, bed.prompt);
   pipeline.observe_prefill(out.data(), lse.data());
@@ -134,7 +137,8 @@ TEST_CASE("uneven heads keep the layer's capacity while decoding") {
 
 TEST_CASE("a selection beside an eviction plans for the decoding to come") {
   Bed bed(generated(2, 2, 64, 300, 1));
-  const Resolved evict = built_in({{"name", "snapkv"}, {"density", 0.5}}, RoleKind::evict), select = built_in({{"name", "random"}, {"density", 0.3}}, RoleKind::select);
+  const Resolved evict = built_in({{"name", "snapkv"}, {"density", 0.5}}, RoleKind::evict),
+                 select = built_in({{"name", "random"}, {"density", 0.3}}, RoleKind::select);
   LayerPipeline pipeline = bed.pipeline({&select, &evict, nullptr}, 300);
   pipeline.evict_at_cut();
   const Step step = pipeline.step(300, 0);
@@ -145,11 +149,13 @@ TEST_CASE("a selection beside an eviction plans for the decoding to come") {
 TEST_CASE("positions = compacted reads keys and queries at their slots") {
   constexpr i64 kPrompt = 300, kSteps = 5, kDim = 64;
   Bed bed(generated(4, 2, kDim, kPrompt, kSteps));
-  const Resolved evict = built_in({{"name", "streaming_llm"}, {"tokens", 50}, {"positions", "compacted"}}, RoleKind::evict);
+  const Resolved evict =
+      built_in({{"name", "streaming_llm"}, {"tokens", 50}, {"positions", "compacted"}}, RoleKind::evict);
   LayerPipeline pipeline = bed.pipeline({nullptr, &evict, nullptr}, kPrompt);
   pipeline.evict_at_cut();
   const LayerTensors& t = bed.layer.tensors();
-  const auto *k = static_cast<const float*>(t.k.data), *v = static_cast<const float*>(t.v.data), *q = static_cast<const float*>(t.q.data);
+  const auto *k = static_cast<const float*>(t.k.data), *v = static_cast<const float*>(t.v.data),
+             *q = static_cast<const float*>(t.q.data);
   const i64 tokens = kPrompt + kSteps;
   const auto at_slot = [&](const float* row, i64 position, i64 slot) {
     std::vector<float> x(row, row + kDim);
@@ -164,7 +170,8 @@ TEST_CASE("positions = compacted reads keys and queries at their slots") {
       if (p < 4 || p >= kPrompt - 46) held.push_back(p);
     for (i64 h = 0; h < 4; ++h) {
       const i64 kv = h / 2;
-      const std::vector<float> query = at_slot(q + (h * tokens + kPrompt + i) * kDim, kPrompt + i, static_cast<i64>(held.size()) - 1);
+      const std::vector<float> query =
+          at_slot(q + (h * tokens + kPrompt + i) * kDim, kPrompt + i, static_cast<i64>(held.size()) - 1);
       std::vector<double> weight, out(kDim);
       double sum = 0;
       for (std::size_t s = 0; s < held.size(); ++s) {
@@ -175,16 +182,19 @@ TEST_CASE("positions = compacted reads keys and queries at their slots") {
         sum += weight.back();
       }
       for (std::size_t s = 0; s < held.size(); ++s)
-        for (i64 c = 0; c < kDim; ++c) out[static_cast<std::size_t>(c)] += weight[s] / sum * v[(kv * tokens + held[s]) * kDim + c];
+        for (i64 c = 0; c < kDim; ++c)
+          out[static_cast<std::size_t>(c)] += weight[s] / sum * v[(kv * tokens + held[s]) * kDim + c];
       CHECK(step.lse[static_cast<std::size_t>(h)] == doctest::Approx(std::log(sum)).epsilon(1e-5));
-      for (i64 c = 0; c < kDim; ++c) CHECK(std::abs(step.out[static_cast<std::size_t>(h * kDim + c)] - out[static_cast<std::size_t>(c)]) < 1e-4);
+      for (i64 c = 0; c < kDim; ++c)
+        CHECK(std::abs(step.out[static_cast<std::size_t>(h * kDim + c)] - out[static_cast<std::size_t>(c)]) < 1e-4);
     }
   }
 }
 
 TEST_CASE("duo: named KV heads read and keep everything, the others sinks and a window") {
   Bed bed(generated(4, 2, 64, 300, 2));
-  const Resolved duo = built_in({{"name", "duo"}, {"sinks", 4}, {"recent", 20}, {"classes", {{"2", {1}}}}}, RoleKind::allocate);
+  const Resolved duo =
+      built_in({{"name", "duo"}, {"sinks", 4}, {"recent", 20}, {"classes", {{"2", {1}}}}}, RoleKind::allocate);
   script = {16, 64};
   const Choice choice = bed.prefill(resolved(type_of<Scripted>(), density(0.5)), {true}, &duo);
   for (i64 h = 0; h < 4; ++h)

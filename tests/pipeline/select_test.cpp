@@ -60,7 +60,8 @@ Expected expect_row(const Case& c, i64 head, i64 group, i64 tile, i64 prompt, i6
   const i64 units = (end + unit - 1) / unit, diagonal = begin / unit;
   std::set<i64> forced;
   for (i64 u = 0; u < c.script.first_units && u < units; ++u) forced.insert(u);
-  for (i64 u = std::max<i64>(0, diagonal - c.script.last_units + 1); c.script.last_units > 0 && u < units; ++u) forced.insert(u);
+  for (i64 u = std::max<i64>(0, diagonal - c.script.last_units + 1); c.script.last_units > 0 && u < units; ++u)
+    forced.insert(u);
   for (const i64 u : forced) take_unit(u);
   for (i64 q = begin; q < end; ++q)
     for (i64 j = 0; j <= q; ++j)
@@ -84,15 +85,19 @@ Expected expect_row(const Case& c, i64 head, i64 group, i64 tile, i64 prompt, i6
     }
     if (!read_anyway) order.push_back(u);
   }
-  std::stable_sort(order.begin(), order.end(), [&](i64 a, i64 b) { return ranked_score(c, head, group, tile, a) > ranked_score(c, head, group, tile, b); });
-  for (i64 i = 0; i < std::min<i64>(take, static_cast<i64>(order.size())); ++i) take_unit(order[static_cast<std::size_t>(i)]);
+  std::stable_sort(order.begin(), order.end(), [&](i64 a, i64 b) {
+    return ranked_score(c, head, group, tile, a) > ranked_score(c, head, group, tile, b);
+  });
+  for (i64 i = 0; i < std::min<i64>(take, static_cast<i64>(order.size())); ++i)
+    take_unit(order[static_cast<std::size_t>(i)]);
   return out;
 }
 
 void compare(Bed& bed, const Case& c) {
   script = c.script;
   const sdk::Layer& l = bed.layer.layer();
-  const Resolved select = resolved(type_of<Scripted>(), density(c.density, c.proportional), {{"gqa", c.gqa}, {"sinks", c.sinks}, {"recent", c.recent}});
+  const Resolved select = resolved(type_of<Scripted>(), density(c.density, c.proportional),
+                                   {{"gqa", c.gqa}, {"sinks", c.sinks}, {"recent", c.recent}});
   const Choice choice = bed.prefill(select);
   const i64 constant = constant_tokens(c.density, bed.prompt), group = l.group();
   REQUIRE(choice.q_tile == c.script.q_tile);
@@ -127,7 +132,8 @@ struct TwoSpans : sdk::Strategy {
     const sdk::Queries all = c.current_queries();
     const float first = all.at(0, 0, 0, 0);
     const sdk::Queries last = c.last_queries(2);
-    if (all.at(0, 0, 0, 0) != first || last.at(0, 1, 0, 5) != all.at(0, 1, all.count - 2, 5)) throw sdk::Failure("the first span is gone");
+    if (all.at(0, 0, 0, 0) != first || last.at(0, 1, 0, 5) != all.at(0, 1, all.count - 2, 5))
+      throw sdk::Failure("the first span is gone");
     if (!std::isnan(last.at(0, 1, 2, 5))) throw sdk::Failure("what follows the call's queries can be read");
     for (i64 r = 0; r < s.rows.count(); ++r) s.full[r] = 1;
   }
@@ -207,12 +213,15 @@ TEST_CASE("top-p: the forced mass counts first, and the crossing unit is include
         while (mass < p * total && static_cast<i64>(taken.size()) < units) {
           i64 best = -1;
           for (i64 u = 0; u < units; ++u)
-            if (!taken.count(u) && (best < 0 || scripted_mass(head, tile, u, units) > scripted_mass(head, tile, best, units))) best = u;
+            if (!taken.count(u) &&
+                (best < 0 || scripted_mass(head, tile, u, units) > scripted_mass(head, tile, best, units)))
+              best = u;
           mass += scripted_mass(head, tile, best, units);
           taken.insert(best);
         }
         std::set<i64> found;
-        for (const i32 slot : choice.sets[static_cast<std::size_t>(head * choice.tiles + tile)].slots) found.insert(slot / 16);
+        for (const i32 slot : choice.sets[static_cast<std::size_t>(head * choice.tiles + tile)].slots)
+          found.insert(slot / 16);
         CAPTURE(p);
         CAPTURE(tile);
         CHECK(found == taken);
@@ -223,15 +232,19 @@ TEST_CASE("top-p: the forced mass counts first, and the crossing unit is include
 TEST_CASE("only scores of kind mass are cut by mass, and a strategy that ranks needs a budget") {
   Bed bed(generated(2, 2, 64, 64, 1));
   script = {};
-  CHECK_THROWS_WITH_AS(bed.prefill(resolved(type_of<Scripted>(), {BudgetSpec::Kind::mass, 0.9, false})), doctest::Contains("cannot be cut by mass"), Error);
+  CHECK_THROWS_WITH_AS(bed.prefill(resolved(type_of<Scripted>(), {BudgetSpec::Kind::mass, 0.9, false})),
+                       doctest::Contains("cannot be cut by mass"), Error);
   CHECK_THROWS_WITH_AS(bed.prefill(resolved(type_of<Scripted>(), {})), doctest::Contains("needs a budget"), Error);
 }
 
 TEST_CASE("what cannot be done to an explicit choice is refused") {
   Bed bed(generated(2, 1, 64, 64, 1));
-  CHECK_THROWS_WITH_AS(bed.prefill(resolved(type_of<TwoSpans>(), {}, {{"gqa", "mean"}})), doctest::Contains("nothing to reduce"), Error);
-  CHECK_THROWS_WITH_AS(bed.prefill(resolved(type_of<TwoSpans>(), {BudgetSpec::Kind::mass, 0.5, false})), doctest::Contains("cannot be cut by mass"), Error);
-  CHECK_THROWS_WITH_AS(bed.prefill(resolved(type_of<Weighted>(), {}, {{"gqa", "union"}})), doctest::Contains("a union would lose"), Error);
+  CHECK_THROWS_WITH_AS(bed.prefill(resolved(type_of<TwoSpans>(), {}, {{"gqa", "mean"}})),
+                       doctest::Contains("nothing to reduce"), Error);
+  CHECK_THROWS_WITH_AS(bed.prefill(resolved(type_of<TwoSpans>(), {BudgetSpec::Kind::mass, 0.5, false})),
+                       doctest::Contains("cannot be cut by mass"), Error);
+  CHECK_THROWS_WITH_AS(bed.prefill(resolved(type_of<Weighted>(), {}, {{"gqa", "union"}})),
+                       doctest::Contains("a union would lose"), Error);
   CHECK(bed.prefill(resolved(type_of<Weighted>(), {})).sets[0].log_weight == std::vector<float>{0.5f});
 }
 
@@ -247,12 +260,14 @@ TEST_CASE("decode: units of the budget at each step, the current one forced") {
   LayerPipeline pipeline = bed.pipeline({&select, nullptr, nullptr}, bed.prompt);
   for (i64 i = 0; i < 20; ++i) {
     const Step step = pipeline.step(bed.prompt + i, i);
-    const i64 cached = bed.prompt + i + 1, target = round_half_up(0.3 * static_cast<double>(cached)), current = (cached - 1) / 16;
+    const i64 cached = bed.prompt + i + 1, target = round_half_up(0.3 * static_cast<double>(cached)),
+              current = (cached - 1) / 16;
     const i64 forced = cached - current * 16, take = std::max<i64>(0, (target - forced) / 16);
     for (i64 head = 0; head < 4; ++head) {
       std::vector<i64> order(static_cast<std::size_t>(current));
       std::iota(order.begin(), order.end(), 0);
-      std::stable_sort(order.begin(), order.end(), [&](i64 a, i64 b) { return scripted_score(head, 0, a) > scripted_score(head, 0, b); });
+      std::stable_sort(order.begin(), order.end(),
+                       [&](i64 a, i64 b) { return scripted_score(head, 0, a) > scripted_score(head, 0, b); });
       std::set<i64> expected = {current}, found;
       expected.insert(order.begin(), order.begin() + take);
       for (const i32 slot : step.choice.sets[static_cast<std::size_t>(head)].slots) found.insert(slot / 16);

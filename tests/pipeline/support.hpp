@@ -22,7 +22,8 @@ inline Script script;
 /// Score of a unit: any fixed function without order in it. In [0, 1) with many ties.
 inline float scripted_score(i64 head, i64 tile, i64 unit) {
   const sdk::Random random{7, 0};
-  return std::floor(random.uniform(static_cast<sdk::u64>(head * 1000 + tile), static_cast<sdk::u64>(unit)) * 64.f) / 64.f;
+  return std::floor(random.uniform(static_cast<sdk::u64>(head * 1000 + tile), static_cast<sdk::u64>(unit)) * 64.f) /
+         64.f;
 }
 /// The same as a mass: rows of `units` sum to 1.
 inline float scripted_mass(i64 head, i64 tile, i64 unit, i64 units) {
@@ -50,10 +51,12 @@ struct Scripted : sdk::Strategy {
   }
   void score(sdk::Context&, sdk::Scores& s) override {
     for (i64 r = 0; r < s.rows.count(); ++r) {
-      const i64 last = s.rows.first_position + s.rows.query_end(r), visible = (last + s.unit_tokens - 1) / s.unit_tokens;
+      const i64 last = s.rows.first_position + s.rows.query_end(r),
+                visible = (last + s.unit_tokens - 1) / s.unit_tokens;
       for (i64 u = 0; u < std::min<i64>(s.units, visible); ++u)
-        s.value[r * s.stride + u] = script.kind == sdk::ScoreKind::mass ? scripted_mass(s.rows.head_of(r), s.rows.tile_of(r), u, visible)
-                                                                         : scripted_score(s.rows.head_of(r), s.rows.tile_of(r), u);
+        s.value[r * s.stride + u] = script.kind == sdk::ScoreKind::mass
+                                        ? scripted_mass(s.rows.head_of(r), s.rows.tile_of(r), u, visible)
+                                        : scripted_score(s.rows.head_of(r), s.rows.tile_of(r), u);
     }
   }
 };
@@ -73,7 +76,9 @@ inline Resolved resolved(const StrategyType& type, BudgetSpec budget, const Json
   return r;
 }
 
-inline BudgetSpec density(double value, bool proportional = false) { return {BudgetSpec::Kind::density, value, proportional}; }
+inline BudgetSpec density(double value, bool proportional = false) {
+  return {BudgetSpec::Kind::density, value, proportional};
+}
 
 inline Trace generated(int qo_heads, int kv_heads, int head_dim, i64 prefill, i64 decode) {
   SyntheticSpec spec;
@@ -93,9 +98,15 @@ struct Bed {
   LayerSetup setup;
   i64 prompt;
 
-  explicit Bed(Trace t, int index = 2) : trace(std::move(t)), layer(trace, index, 16, true), setup(layer.setup(0, true)), prompt(trace.info().prefill_tokens) {}
+  explicit Bed(Trace t, int index = 2)
+      : trace(std::move(t)),
+        layer(trace, index, 16, true),
+        setup(layer.setup(0, true)),
+        prompt(trace.info().prefill_tokens) {}
 
-  LayerPipeline pipeline(const Roles& roles, i64 tokens, ChooseOptions options = {true}) { return LayerPipeline(roles, setup, layer.fork(tokens), options); }
+  LayerPipeline pipeline(const Roles& roles, i64 tokens, ChooseOptions options = {true}) {
+    return LayerPipeline(roles, setup, layer.fork(tokens), options);
+  }
   Choice prefill(const Resolved& select, ChooseOptions options = {true}, const Resolved* allocate = nullptr) {
     return pipeline({&select, nullptr, allocate}, prompt, options).prefill().choice;
   }

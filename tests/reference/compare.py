@@ -71,6 +71,32 @@ class Dump:
         return [flat[a:b] for a, b in zip(indptr[:-1], indptr[1:])]
 
 
+def check_metadata(report, layer, dump, case):
+    """The facts that a reader of the file needs, and the settings that were asked for."""
+    phase_queries = {"prefill": layer.prompt, "decode": layer.length - layer.prompt}
+    expected = {
+        "format": "lacuna-dump",
+        "version": "1",
+        "phase": case.phase,
+        "layer": str(layer.index),
+        "num_qo_heads": str(layer.heads),
+        "num_kv_heads": str(layer.kv_heads),
+        "head_dim": str(layer.dim),
+    }
+    if case.phase in phase_queries:
+        expected["queries"] = str(phase_queries[case.phase])
+    for key, value in expected.items():
+        report.expect(dump.meta.get(key) == value, f"metadata {key} = {dump.meta.get(key)}, expected {value}")
+    for key in ("q_tile", "kv_block", "exact_sinks", "exact_window", "strategy_ids", "engine_id", "trace_id"):
+        report.expect(key in dump.meta, f"no metadata {key}")
+    settings = json.loads(dump.meta.get("parameters", "{}"))
+    for role in ("select", "evict", "allocate"):
+        if f"--{role}" in case.args:
+            name = case.args[case.args.index(f"--{role}") + 1]
+            found = settings.get(role, {}).get("name")
+            report.expect(found == name, f"metadata parameters: {role} is {found}, expected {name}")
+
+
 def check_ragged(report, dump, name, rows, limit, values="indices"):
     """The format's promises: int64 indptr over `rows`, int32 indices, ascending, unique, in [0, limit)."""
     if not report.expect(f"{name}.indptr" in dump.tensors, f"no tensor {name}.indptr"):
@@ -310,10 +336,3 @@ def check_eviction(report, layer, dump, cut, judge, reads=None):
                 mask = reads(kv_head, at)
             outputs.check(head, at, at + 1, mask[None])
 
-
-def resolved(dump):
-    """The resolved settings in the metadata."""
-    for key in ("cell", "parameters", "settings"):
-        if key in dump.meta:
-            return json.loads(dump.meta[key])
-    return {}

@@ -22,7 +22,7 @@ import quest
 import snapkv
 import twilight
 import vertical_slash
-from compare import CLI, ROOT, Dump, Report
+from compare import CLI, ROOT, Dump, Report, check_metadata
 from trace import Layer, Trace
 
 FAMILIES = (baselines, quest, snapkv, h2o, vertical_slash, blocks, magicpig, twilight, allocators)
@@ -42,7 +42,9 @@ def run_case(case, trace, layer, show_ties):
     report = Report(f"{case.name} {trace.path.stem} layer {layer.index}")
     start = time.time()
     try:
-        case.check(layer, Dump(trace, layer.index, case.phase, case.args), report)
+        dump = Dump(trace, layer.index, case.phase, case.args)
+        check_metadata(report, layer, dump, case)
+        case.check(layer, dump, report)
     except (RuntimeError, KeyError, OSError) as error:
         report.fail(f"{type(error).__name__}: {error}")
     if not report.failures and report.rows == 0:

@@ -41,7 +41,8 @@ const Trace& trace() {
 /// A written dump, read back.
 class Dumped {
  public:
-  Dumped(const Json& roles, ReplayPhase phase) : path_(std::filesystem::temp_directory_path() / "lacuna_dump_test.safetensors") {
+  Dumped(const Json& roles, ReplayPhase phase)
+      : path_(std::filesystem::temp_directory_path() / "lacuna_dump_test.safetensors") {
     DumpOptions options;
     options.phase = phase;
     options.layer = kLayer;
@@ -87,10 +88,12 @@ struct Exact {
 Exact attend_exactly(i64 head, i64 q, const std::vector<i64>& keys) {
   const LayerTensors t = trace().layer(kLayer);
   const i64 tokens = kPrompt + kSteps, kv = head / (kHeads / kKvHeads);
-  const auto *qs = static_cast<const float*>(t.q.data), *ks = static_cast<const float*>(t.k.data), *vs = static_cast<const float*>(t.v.data);
+  const auto *qs = static_cast<const float*>(t.q.data), *ks = static_cast<const float*>(t.k.data),
+             *vs = static_cast<const float*>(t.v.data);
   const auto weight = [&](i64 j) {
     double logit = 0;
-    for (i64 c = 0; c < kDim; ++c) logit += static_cast<double>(qs[(head * tokens + q) * kDim + c]) * ks[(kv * tokens + j) * kDim + c];
+    for (i64 c = 0; c < kDim; ++c)
+      logit += static_cast<double>(qs[(head * tokens + q) * kDim + c]) * ks[(kv * tokens + j) * kDim + c];
     return std::exp(logit * trace().info().layer(kLayer).softmax_scale);
   };
   double sum = 0, all = 0;
@@ -114,7 +117,8 @@ void check_query(const Dumped& d, i64 head, i64 q, const std::vector<i64>& keys)
   CAPTURE(q);
   CHECK(d.floats("lse")[at] == doctest::Approx(e.lse).epsilon(1e-5));
   CHECK(d.floats("mass_kept")[at] == doctest::Approx(e.mass).epsilon(1e-5));
-  for (i64 c = 0; c < kDim; ++c) CHECK(std::abs(d.floats("out")[at * kDim + c] - e.out[static_cast<std::size_t>(c)]) < 1e-4);
+  for (i64 c = 0; c < kDim; ++c)
+    CHECK(std::abs(d.floats("out")[at * kDim + c] - e.out[static_cast<std::size_t>(c)]) < 1e-4);
 }
 
 /// Every row of a prefill dump: lists apart, cells their union, and attention over them.
@@ -126,7 +130,9 @@ void check_prefill(const Json& select) {
   REQUIRE(d.rows("cells") == kHeads * tiles);
   for (i64 row = 0; row < kHeads * tiles; ++row) {
     const i64 begin = row % tiles * q_tile, end = std::min(begin + q_tile, kPrompt);
-    const auto of_row = [&](const char* name) { return d.has(name) ? static_cast<const i32*>(d.tensor(name).data)[row] : d.number(name); };
+    const auto of_row = [&](const char* name) {
+      return d.has(name) ? static_cast<const i32*>(d.tensor(name).data)[row] : d.number(name);
+    };
     const i64 sinks = of_row("exact_sinks"), window = of_row("exact_window");
     std::set<i64> listed, cells;
     for (const i32 start : d.row("pieces", "starts", row))
@@ -168,7 +174,8 @@ TEST_CASE("a choice that a group shares stands in the rows of each of its heads"
   const Dumped d({{"select", {{"name", "random"}, {"density", 0.3}, {"gqa", "mean"}}}}, ReplayPhase::prefill);
   const i64 tiles = (kPrompt + 63) / 64;
   for (i64 head = 0; head < kHeads; ++head)
-    for (i64 t = 0; t < tiles; ++t) CHECK(d.row("pieces", "starts", head * tiles + t) == d.row("pieces", "starts", head / 3 * 3 * tiles + t));
+    for (i64 t = 0; t < tiles; ++t)
+      CHECK(d.row("pieces", "starts", head * tiles + t) == d.row("pieces", "starts", head / 3 * 3 * tiles + t));
   CHECK(d.tensor("scores").shape == std::vector<i64>{kKvHeads * tiles, (kPrompt + 63) / 64});
 }
 
@@ -182,7 +189,8 @@ TEST_CASE("a row that reads everything lists aligned pieces, or every token") {
 }
 
 TEST_CASE("exact parts that differ from row to row stand in tensors of their own") {
-  const Dumped d({{"select", {{"name", "random"}, {"density", 0.3}}}, {"allocate", {{"name", "duo"}, {"sinks", 4}, {"recent", 20}, {"classes", {{"2", {1}}}}}}},
+  const Dumped d({{"select", {{"name", "random"}, {"density", 0.3}}},
+                  {"allocate", {{"name", "duo"}, {"sinks", 4}, {"recent", 20}, {"classes", {{"2", {1}}}}}}},
                  ReplayPhase::prefill);
   const auto* sinks = static_cast<const i32*>(d.tensor("exact_sinks").data);
   CHECK(d.tensor("exact_window").shape == std::vector<i64>{d.rows("pieces")});
@@ -218,7 +226,9 @@ TEST_CASE("sampling: log weights stand beside the tokens") {
 }
 
 TEST_CASE("log weights follow their tokens through an eviction") {
-  const Dumped d({{"select", {{"name", "magicpig"}, {"bits", 4}, {"tables", 20}, {"recent", 16}}}, {"evict", {{"name", "snapkv"}, {"density", 0.5}}}}, ReplayPhase::decode);
+  const Dumped d({{"select", {{"name", "magicpig"}, {"bits", 4}, {"tables", 20}, {"recent", 16}}},
+                  {"evict", {{"name", "snapkv"}, {"density", 0.5}}}},
+                 ReplayPhase::decode);
   const auto* indptr = static_cast<const i64*>(d.tensor("tokens.indptr").data);
   const float* w = d.floats("tokens.log_weight");
   i64 weighted = 0;
@@ -239,7 +249,8 @@ TEST_CASE("log weights follow their tokens through an eviction") {
 
 TEST_CASE("evict rows: what each KV head keeps, and every later query's attention") {
   for (const char* cut : {"end", "before_question"}) {
-    const Dumped d({{"evict", {{"name", "snapkv"}, {"density", 0.25}, {"window", 16}, {"cut", cut}}}}, ReplayPhase::evict);
+    const Dumped d({{"evict", {{"name", "snapkv"}, {"density", 0.25}, {"window", 16}, {"cut", cut}}}},
+                   ReplayPhase::evict);
     const i64 at = d.number("cut");
     CHECK(at == (cut == std::string("end") ? kPrompt : kPrompt - 16));
     REQUIRE(d.rows("kept") == kKvHeads);
@@ -258,7 +269,8 @@ TEST_CASE("evict rows: what each KV head keeps, and every later query's attentio
 }
 
 TEST_CASE("metadata: parameters as resolved, and ids") {
-  const Dumped d({{"select", {{"name", "twilight"}, {"base", {{"name", "quest"}, {"density", 0.5}}}}}}, ReplayPhase::decode);
+  const Dumped d({{"select", {{"name", "twilight"}, {"base", {{"name", "quest"}, {"density", 0.5}}}}}},
+                 ReplayPhase::decode);
   const Json parameters = Json::parse(d.note("parameters")), ids = Json::parse(d.note("strategy_ids"));
   CHECK(parameters["select"]["base"]["density"] == 0.5);
   CHECK(parameters["select"]["top_p"] == 0.85);
@@ -274,7 +286,10 @@ TEST_CASE("a cell without a role in the phase is an error that says why") {
   DumpOptions options;
   options.phase = ReplayPhase::decode;
   options.layer = kLayer;
-  CHECK_THROWS_WITH_AS(dump(trace(), cell_of({{"select", {{"name", "block_topk"}, {"density", 0.5}}}}), options, "/nowhere"), doctest::Contains("does not select in decode"), Error);
+  CHECK_THROWS_WITH_AS(
+      dump(trace(), cell_of({{"select", {{"name", "block_topk"}, {"density", 0.5}}}}), options, "/nowhere"),
+      doctest::Contains("does not select in decode"), Error);
   options.phase = ReplayPhase::prefill;
-  CHECK_THROWS_AS(dump(trace(), cell_of({{"select", {{"name", "dense"}}}}), options, "/nowhere/at/all.safetensors"), Error);
+  CHECK_THROWS_AS(dump(trace(), cell_of({{"select", {{"name", "dense"}}}}), options, "/nowhere/at/all.safetensors"),
+                  Error);
 }

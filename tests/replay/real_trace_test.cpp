@@ -51,7 +51,9 @@ std::vector<Cell> few_cells() {
           cell_of({{"select", {{"name", "xattention"}}}}),
           cell_of({{"select", {{"name", "quest"}, {"density", 0.1}, {"dense_layers", Json::array()}}}}),
           cell_of({{"evict", {{"name", "snapkv"}, {"density", 0.1}}}}),
-          cell_of({{"evict", {{"name", "snapkv"}, {"density", 0.5}}}, {"allocate", {{"name", "ada"}}}, {"select", {{"name", "quest"}, {"density", 0.3}}}})};
+          cell_of({{"evict", {{"name", "snapkv"}, {"density", 0.5}}},
+                   {"allocate", {{"name", "ada"}}},
+                   {"select", {{"name", "quest"}, {"density", 0.3}}}})};
 }
 
 ReplayOptions all_phases() {
@@ -113,10 +115,12 @@ TEST_CASE("declared dense points equal dense attention through the sparse path")
       const i64 row = static_cast<i64>(r) / last * queries + queries - last + static_cast<i64>(r) % last;
       double square = 0;
       for (i64 c = 0; c < d; ++c) {
-        const double off = run.out[static_cast<std::size_t>(row * d + c)] - t.out[r * static_cast<std::size_t>(d) + static_cast<std::size_t>(c)];
+        const double off = run.out[static_cast<std::size_t>(row * d + c)] -
+                           t.out[r * static_cast<std::size_t>(d) + static_cast<std::size_t>(c)];
         square += off * off;
       }
-      worst_lse = std::max(worst_lse, std::abs(run.lse[static_cast<std::size_t>(row)] - t.lse[r]) / std::max(1.0, std::abs(t.lse[r])));
+      worst_lse = std::max(
+          worst_lse, std::abs(run.lse[static_cast<std::size_t>(row)] - t.lse[r]) / std::max(1.0, std::abs(t.lse[r])));
       worst_out = std::max(worst_out, std::sqrt(square) / t.scale[r]);
     }
     CAPTURE(describe(use, {9, 3, 64, 1996, 52}, cell.describe()));
@@ -170,7 +174,8 @@ TEST_CASE("a layer's summary agrees with its attention counted out") {
       for (i64 j = 0; j <= q; ++j) {
         double x = 0;
         for (i64 c = 0; c < d; ++c)
-          x += static_cast<double>(static_cast<const float*>(t.q.data)[(h * tokens + q) * d + c]) * static_cast<const float*>(t.k.data)[(h / l.group() * tokens + j) * d + c];
+          x += static_cast<double>(static_cast<const float*>(t.q.data)[(h * tokens + q) * d + c]) *
+               static_cast<const float*>(t.k.data)[(h / l.group() * tokens + j) * d + c];
         logit.push_back(x * l.softmax_scale);
         max_logit = std::max(max_logit, logit.back());
       }

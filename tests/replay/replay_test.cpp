@@ -33,9 +33,11 @@ ReplayOptions all_phases() {
 }  // namespace
 
 TEST_CASE("rows by layer, phase and cell, a noise row in each phase and cut, and a reason for what is skipped") {
-  const std::vector<Cell> cells = {cell_of({{"select", {{"name", "random"}, {"density", 0.2}}}}), cell_of({{"select", {{"name", "quest"}, {"density", 0.2}}}}),
-                                   cell_of({{"evict", {{"name", "snapkv"}, {"density", 0.2}, {"cut", "before_question"}}}}),
-                                   cell_of({{"evict", {{"name", "h2o"}, {"density", 0.2}}}})};
+  const std::vector<Cell> cells = {
+      cell_of({{"select", {{"name", "random"}, {"density", 0.2}}}}),
+      cell_of({{"select", {{"name", "quest"}, {"density", 0.2}}}}),
+      cell_of({{"evict", {{"name", "snapkv"}, {"density", 0.2}, {"cut", "before_question"}}}}),
+      cell_of({{"evict", {{"name", "h2o"}, {"density", 0.2}}}})};
   std::size_t reported = 0;
   ReplayOptions options = all_phases();
   options.on_row = [&](const Row&) { ++reported; };
@@ -73,7 +75,8 @@ TEST_CASE("rows by layer, phase and cell, a noise row in each phase and cut, and
 }
 
 TEST_CASE("a trace without decode tokens skips decode, and a stopped replay ends between cells") {
-  const std::vector<Cell> cells = {cell_of({{"select", {{"name", "random"}, {"density", 0.2}}}}), cell_of({{"select", {{"name", "dense"}}}})};
+  const std::vector<Cell> cells = {cell_of({{"select", {{"name", "random"}, {"density", 0.2}}}}),
+                                   cell_of({{"select", {{"name", "dense"}}}})};
   const ReplayResult none = replay(small_trace(0), cells, all_phases());
   for (const Row& row : none.rows) CHECK(row.phase == ReplayPhase::prefill);
   ReplayOptions options = all_phases();
@@ -87,7 +90,8 @@ TEST_CASE("queries with too little context are left out of a comparison, the sam
   CHECK(default_min_context(0.1, 2000) == 320);
   CHECK(default_min_context(0.01, 2000) == 1024);
   CHECK(default_min_context(1, 2000) == 64);
-  const std::vector<Cell> cells = {cell_of({{"select", {{"name", "random"}, {"density", 0.5}}}}), cell_of({{"select", {{"name", "dense"}}}})};
+  const std::vector<Cell> cells = {cell_of({{"select", {{"name", "random"}, {"density", 0.5}}}}),
+                                   cell_of({{"select", {{"name", "dense"}}}})};
   ReplayOptions options = all_phases();
   options.phases = {ReplayPhase::prefill};
   options.default_density = 0.5;
@@ -102,14 +106,18 @@ TEST_CASE("queries with too little context are left out of a comparison, the sam
 }
 
 TEST_CASE("an allocator serves the role that it stands beside, in its own phases only") {
-  const Cell pyramid = cell_of({{"select", {{"name", "quest"}, {"density", 0.2}}}, {"allocate", {{"name", "pyramid"}}}});
+  const Cell pyramid =
+      cell_of({{"select", {{"name", "quest"}, {"density", 0.2}}}, {"allocate", {{"name", "pyramid"}}}});
   const TraceInfo info = small_trace().info();
-  CHECK(why_skipped(pyramid, ReplayPhase::decode, info).find("'pyramid' does not allocate in decode") != std::string::npos);
-  const Cell both = cell_of({{"select", {{"name", "random"}, {"density", 0.2}}}, {"evict", {{"name", "snapkv"}, {"density", 0.5}}}, {"allocate", {{"name", "ada"}}}});
+  CHECK(why_skipped(pyramid, ReplayPhase::decode, info).find("'pyramid' does not allocate in decode") !=
+        std::string::npos);
+  const Cell both = cell_of({{"select", {{"name", "oracle_topk"}, {"density", 0.2}}},
+                             {"evict", {{"name", "snapkv"}, {"density", 0.5}}},
+                             {"allocate", {{"name", "ada"}}}});
   CHECK(why_skipped(both, ReplayPhase::prefill, info).empty());
   CHECK(why_skipped(both, ReplayPhase::decode, info).empty());
   // Prefill is then as if neither eviction nor allocator were there.
-  const Cell alone = cell_of({{"select", {{"name", "random"}, {"density", 0.2}}}});
+  const Cell alone = cell_of({{"select", {{"name", "oracle_topk"}, {"density", 0.2}}}});
   ReplayOptions options = all_phases();
   options.phases = {ReplayPhase::prefill};
   const ReplayResult r = replay(small_trace(), {both, alone}, options);
@@ -118,7 +126,9 @@ TEST_CASE("an allocator serves the role that it stands beside, in its own phases
 }
 
 TEST_CASE("what a selection after an eviction reads is the product of both") {
-  const ReplayResult r = replay(small_trace(), {cell_of({{"select", {{"name", "oracle_topk"}, {"density", 0.5}}}, {"evict", {{"name", "snapkv"}, {"density", 0.4}, {"window", 16}}}})},
+  const ReplayResult r = replay(small_trace(),
+                                {cell_of({{"select", {{"name", "oracle_topk"}, {"density", 0.5}}},
+                                          {"evict", {{"name", "snapkv"}, {"density", 0.4}, {"window", 16}}}})},
                                 [] {
                                   ReplayOptions o = all_phases();
                                   o.phases = {ReplayPhase::decode};

@@ -25,7 +25,9 @@ inline Cell cell_of(const Json& roles, std::uint64_t seed = 0) {
   Cell c;
   c.seed = seed;
   for (const auto& item : roles.items()) {
-    const RoleKind role = item.key() == "select" ? RoleKind::select : item.key() == "evict" ? RoleKind::evict : RoleKind::allocate;
+    const RoleKind role = item.key() == "select"  ? RoleKind::select
+                          : item.key() == "evict" ? RoleKind::evict
+                                                  : RoleKind::allocate;
     auto& place = role == RoleKind::select ? c.select : role == RoleKind::evict ? c.evict : c.allocate;
     place = resolve(built_ins(), item.value(), "test", "", role);
     c.label += item.value()["name"].get<std::string>();

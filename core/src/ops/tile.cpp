@@ -13,7 +13,7 @@ using sdk::i64;
 constexpr double kInfinity = std::numeric_limits<double>::infinity();
 constexpr double kNoCell = -std::numeric_limits<float>::max();  // maximum of a lane that has read nothing: finite, so
                                                                 // that differences with it are no NaN
-constexpr double kNarrowLogit = 64.;  // fp32 sums are good enough below
+constexpr double kNarrowLogit = 64.;                            // fp32 sums are good enough below
 constexpr i32 kAlways = std::numeric_limits<i32>::max();
 
 // The same number of lanes in T, i32 and float.

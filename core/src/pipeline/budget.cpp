@@ -18,8 +18,10 @@ i64 constant_tokens(double density, i64 prompt_tokens) {
   i64 lo = 0, hi = prompt_tokens;
   while (lo < hi) {
     const i64 mid = (lo + hi + 1) / 2;
-    if (static_cast<double>(capped_pairs(mid, 0, prompt_tokens)) <= limit) lo = mid;
-    else hi = mid - 1;
+    if (static_cast<double>(capped_pairs(mid, 0, prompt_tokens)) <= limit)
+      lo = mid;
+    else
+      hi = mid - 1;
   }
   return lo;
 }

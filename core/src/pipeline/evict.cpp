@@ -33,7 +33,8 @@ std::vector<i32> keep_best(const float* value, i32 length, i64 tokens, i32 sinks
   std::vector<i32> kept = ends(length, sinks, recent);
   std::vector<float> candidate(value, value + length);
   for (const i32 i : kept) candidate[static_cast<std::size_t>(i)] = kNone;
-  const std::vector<i32> best = top_units(candidate, std::max<i64>(tokens - static_cast<i64>(kept.size()), kept.empty() ? 1 : 0));
+  const std::vector<i32> best =
+      top_units(candidate, std::max<i64>(tokens - static_cast<i64>(kept.size()), kept.empty() ? 1 : 0));
   kept.insert(kept.end(), best.begin(), best.end());
   std::sort(kept.begin(), kept.end());
   return kept;
@@ -41,8 +42,8 @@ std::vector<i32> keep_best(const float* value, i32 length, i64 tokens, i32 sinks
 
 }  // namespace
 
-Eviction decide_eviction(StrategyRuntime* strategy, StrategyRuntime* allocator, KvCache& cache, const LayerSetup& setup, const CallSpan& span,
-                         i64 capacity, const ChooseOptions& options) {
+Eviction decide_eviction(StrategyRuntime* strategy, StrategyRuntime* allocator, KvCache& cache, const LayerSetup& setup,
+                         const CallSpan& span, i64 capacity, const ChooseOptions& options) {
   const Layer& layer = setup.layer;
   const Paged kv = cache.view();
   const i32 heads = layer.num_kv_heads;
@@ -54,21 +55,26 @@ Eviction decide_eviction(StrategyRuntime* strategy, StrategyRuntime* allocator, 
   const i64 cached = kv.max_length;
   out.limited = budget_spec.kind != BudgetSpec::Kind::none;
   if (budget_spec.kind == BudgetSpec::Kind::mass)
-    throw lacuna::Error(Problem{"an eviction cannot be given by mass", "density, tokens or units", "mass", "the evict role", "change the budget"});
-  if (strategy && !out.limited && strategy->entry().takes_budget && !(allocator && allocator->instance().has_allocate_rows()))
-    throw lacuna::Error(Problem{std::string("strategy '") + strategy->entry().name + "' needs a budget", "density, tokens or units", "none", "the evict role",
+    throw lacuna::Error(Problem{"an eviction cannot be given by mass", "density, tokens or units", "mass",
+                                "the evict role", "change the budget"});
+  if (strategy && !out.limited && strategy->entry().takes_budget &&
+      !(allocator && allocator->instance().has_allocate_rows()))
+    throw lacuna::Error(Problem{std::string("strategy '") + strategy->entry().name + "' needs a budget",
+                                "density, tokens or units", "none", "the evict role",
                                 "give the role density = ..., or the scenario a [budget]"});
   out.mean_tokens = capacity >= 0 ? capacity : std::min(cached, cached_tokens_target(budget_spec, cached, 1));
   out.target_tokens = out.mean_tokens;
   out.allocated_mean = static_cast<double>(out.mean_tokens);
   if (allocator && allocator->instance().has_allocate_layers() && out.limited && capacity < 0) {
     std::vector<double> tokens(static_cast<std::size_t>(layer.num_layers), static_cast<double>(out.mean_tokens));
-    LayerBudget layers{layer.num_layers, out.mean_tokens, cached, std::max(plan.sinks, 0) + std::max(plan.recent, 0), tokens.data()};
+    LayerBudget layers{layer.num_layers, out.mean_tokens, cached, std::max(plan.sinks, 0) + std::max(plan.recent, 0),
+                       tokens.data()};
     allocator->allocate_layers(cache, span, layers);
     for (const double t : tokens)
       if (!(t >= 0))
-        throw lacuna::Error(Problem{std::string("allocator '") + allocator->entry().name + "' gave a layer an impossible target", "a number of at least 0",
-                                    std::to_string(t), "role allocate_layers", "fix allocate_layers()"});
+        throw lacuna::Error(
+            Problem{std::string("allocator '") + allocator->entry().name + "' gave a layer an impossible target",
+                    "a number of at least 0", std::to_string(t), "role allocate_layers", "fix allocate_layers()"});
     out.allocated_mean = std::accumulate(tokens.begin(), tokens.end(), 0.0) / static_cast<double>(tokens.size());
     out.target_tokens = std::min(cached, round_half_up(tokens[static_cast<std::size_t>(layer.index)]));
   }
@@ -77,7 +83,9 @@ Eviction decide_eviction(StrategyRuntime* strategy, StrategyRuntime* allocator, 
   const bool unite = strategy && strategy->gqa() == Gqa::union_;
   const bool ranked_per_head = per_query_head && unite;
   const i64 queries = span.end - span.begin;  // one tile holds them all
-  const Rows scored{1, per_query_head ? layer.num_qo_heads : heads, 0, 1, static_cast<i32>(queries), per_query_head, queries, span.begin};
+  const Rows scored{
+      1,         per_query_head ? layer.num_qo_heads : heads, 0, 1, static_cast<i32>(queries), per_query_head, queries,
+      span.begin};
   Rows rows = scored;
   if (!ranked_per_head) rows.heads = heads, rows.per_query_head = 0;
 
@@ -112,7 +120,8 @@ Eviction decide_eviction(StrategyRuntime* strategy, StrategyRuntime* allocator, 
   // An allocator shares out the whole target, also what a head that is shorter by now leaves of its own.
   const bool shared_out = allocator && allocator->instance().has_allocate_rows();
   for (i64 r = 0; r < rows.count(); ++r)
-    budget.tokens[r] = budget.pairs[r] = shared_out ? out.target_tokens : std::min<i64>(out.target_tokens, kv.length[rows.kv_row(r, heads)]);
+    budget.tokens[r] = budget.pairs[r] =
+        shared_out ? out.target_tokens : std::min<i64>(out.target_tokens, kv.length[rows.kv_row(r, heads)]);
   if (shared_out) {
     i64 total = 0;
     for (i64 r = 0; r < rows.count(); ++r) total += budget.pairs[r];
@@ -139,12 +148,17 @@ Eviction decide_eviction(StrategyRuntime* strategy, StrategyRuntime* allocator, 
       auto& list = out.kept[static_cast<std::size_t>(head)];
       const Rule rule = static_cast<Rule>(budget.rule[r]);
       std::vector<i32> kept;
-      if (rule == Rule::full || (rule == Rule::ranked && (!out.limited || budget.tokens[r] >= length))) kept = everything(length);
-      else if (rule == Rule::window) kept = ends(length, budget.window_sinks[r], budget.window_recent[r]);
-      else if (rule == Rule::none) kept = ends(length, plan.sinks, plan.recent);
+      if (rule == Rule::full || (rule == Rule::ranked && (!out.limited || budget.tokens[r] >= length)))
+        kept = everything(length);
+      else if (rule == Rule::window)
+        kept = ends(length, budget.window_sinks[r], budget.window_recent[r]);
+      else if (rule == Rule::none)
+        kept = ends(length, plan.sinks, plan.recent);
       else if (!scores.value)
-        throw lacuna::Error(Problem{std::string("allocator '") + (allocator ? allocator->entry().name : "?") + "' leaves a head to be ranked, and nothing ranks it",
-                                    "an evict strategy beside it", "none", "the cell's evict role", "add evict = {name = ...}"});
+        throw lacuna::Error(Problem{std::string("allocator '") + (allocator ? allocator->entry().name : "?") +
+                                        "' leaves a head to be ranked, and nothing ranks it",
+                                    "an evict strategy beside it", "none", "the cell's evict role",
+                                    "add evict = {name = ...}"});
       else {
         out.floor |= static_cast<i64>(ends(length, plan.sinks, plan.recent).size()) > budget.tokens[r];
         kept = keep_best(scores.value + r * cached, length, budget.tokens[r], plan.sinks, plan.recent);

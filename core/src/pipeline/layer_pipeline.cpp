@@ -8,7 +8,8 @@ namespace lacuna {
 using namespace sdk;
 
 namespace {
-std::unique_ptr<StrategyRuntime> make(const Resolved* resolved, Purpose purpose, const LayerSetup& setup, const char* role) {
+std::unique_ptr<StrategyRuntime> make(const Resolved* resolved, Purpose purpose, const LayerSetup& setup,
+                                      const char* role) {
   return resolved ? std::make_unique<StrategyRuntime>(*resolved, purpose, setup, role) : nullptr;
 }
 constexpr i32 kDenseTile = 64;
@@ -88,8 +89,10 @@ Step LayerPipeline::attend_choice(const CallSpan& span, Choice choice) {
   for (std::size_t i = 0; i < choice.sets.size(); ++i) {
     const auto head = static_cast<i32>(i) / choice.tiles, tile = static_cast<i32>(i) % choice.tiles;
     const auto& of_head = positions[static_cast<std::size_t>(head / layer.group())];
-    const i64 first = static_cast<i64>(of_head.size()) - q.count, begin = first + static_cast<i64>(tile) * choice.q_tile;
-    out.position_sets.push_back(to_positions(choice.sets[i], of_head, begin, std::min<i64>(begin + choice.q_tile, first + q.count)));
+    const i64 first = static_cast<i64>(of_head.size()) - q.count,
+              begin = first + static_cast<i64>(tile) * choice.q_tile;
+    out.position_sets.push_back(
+        to_positions(choice.sets[i], of_head, begin, std::min<i64>(begin + choice.q_tile, first + q.count)));
   }
   const Attended seen{a.read, q, out.out.data(), out.lse.data()};
   for (auto* r : {select_.get(), evict_.get()})
@@ -102,7 +105,8 @@ Step LayerPipeline::prefill() {
   const i64 n = cache_.length(0);
   const CallSpan span{Phase::prefill, -1, 0, n};
   prepare(span, Phase::prefill);
-  if (!select_ || dense_layer(*select_)) return attend_choice(span, choose_everything(cache_, setup_, span, kDenseTile));
+  if (!select_ || dense_layer(*select_))
+    return attend_choice(span, choose_everything(cache_, setup_, span, kDenseTile));
   refresh_sides(span);
   return attend_choice(span, choose(*select_, allocate_.get(), cache_, setup_, span, options_));
 }
@@ -135,8 +139,8 @@ Eviction LayerPipeline::evict_at_cut() {
 void LayerPipeline::append(i64 begin, i64 n) {
   const i64 d = setup_.layer.head_dim;
   const i64 offset = begin * d * size_of(setup_.kv.dtype);
-  cache_.append(static_cast<const std::byte*>(setup_.kv.k) + offset, static_cast<const std::byte*>(setup_.kv.v) + offset, setup_.kv.dtype,
-                setup_.kv.tokens * d, n, begin);
+  cache_.append(static_cast<const std::byte*>(setup_.kv.k) + offset,
+                static_cast<const std::byte*>(setup_.kv.v) + offset, setup_.kv.dtype, setup_.kv.tokens * d, n, begin);
   follow_slots();
 }
 
@@ -175,8 +179,9 @@ Step LayerPipeline::step(i64 position, i64 step) {
   prepare(span, Phase::decode);
   refresh_sides(span);
   const bool everything = !select_ || dense_layer(*select_);
-  Step out = attend_choice(span, everything ? choose_everything(cache_, setup_, span, 1)
-                                            : choose(*select_, evict_ ? nullptr : allocate_.get(), cache_, setup_, span, options_));
+  Step out = attend_choice(
+      span, everything ? choose_everything(cache_, setup_, span, 1)
+                       : choose(*select_, evict_ ? nullptr : allocate_.get(), cache_, setup_, span, options_));
   if (evicts_while_decoding() && !dense_layer(*evict_) && (step + 1) % evict_->plan().evict_every == 0) {
     i64 cached = 0;  // an allocator may give one head more than its capacity: the layer's sum is what counts
     for (i32 h = 0; h < setup_.layer.num_kv_heads; ++h) cached += cache_.length(h);

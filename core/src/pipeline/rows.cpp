@@ -23,7 +23,8 @@ std::vector<i32> best_first(const std::vector<float>& value, i64 k) {
     return x > y || (x == y && a < b);
   };
   const auto n = static_cast<std::size_t>(std::clamp<i64>(k, 0, static_cast<i64>(order.size())));
-  if (n < order.size()) std::nth_element(order.begin(), order.begin() + static_cast<std::ptrdiff_t>(n), order.end(), better);
+  if (n < order.size())
+    std::nth_element(order.begin(), order.begin() + static_cast<std::ptrdiff_t>(n), order.end(), better);
   order.resize(n);
   std::sort(order.begin(), order.end(), better);
   return order;
@@ -53,7 +54,8 @@ std::vector<i32> top_units(const std::vector<float>& value, i64 k) {
   return out;
 }
 
-std::vector<i32> top_mass_units(const std::vector<float>& candidate, const std::vector<float>& value, const std::vector<i32>& forced, double p) {
+std::vector<i32> top_mass_units(const std::vector<float>& candidate, const std::vector<float>& value,
+                                const std::vector<i32>& forced, double p) {
   double total = 0, mass = 0;
   for (const float v : value)
     if (std::isfinite(v)) total += v;
@@ -86,7 +88,8 @@ std::vector<float> reduce_rows(const std::vector<float>& value, const Layer& lay
   return out;
 }
 
-void account_target(BudgetAccount& account, const Layer& layer, const Rows& rows, RowSlots at, i64 pairs, i32 unit_tokens) {
+void account_target(BudgetAccount& account, const Layer& layer, const Rows& rows, RowSlots at, i64 pairs,
+                    i32 unit_tokens) {
   const double readers = rows.per_query_head ? 1.0 : layer.group();
   account.target_pairs += readers * static_cast<double>(pairs);
   account.slack_pairs += readers * static_cast<double>(unit_tokens) * static_cast<double>(at.end - at.begin);

@@ -27,7 +27,7 @@ Queries QuerySource::span(const Layer& layer, i64 begin, i64 end) const {
 }
 
 namespace {
-constexpr i64 kAlignment = 256;
+constexpr i64 kAlignment = 256, kMaxCarves = 64;  // alignment is the core's to pay, not the strategy's
 
 i32 report(sdk::Error* error, const std::string& text) {
   error->code = 1;
@@ -46,7 +46,8 @@ i64 splitmix(i64 x) {
 /// The core's side of one call.
 class StrategyRuntime::Services final : public sdk::Services {
  public:
-  Services(StrategyRuntime& self, KvCache& cache, const CallSpan& span) : self_(self), cache_(cache), span_(span), ops_(call_, self.cost_) {
+  Services(StrategyRuntime& self, KvCache& cache, const CallSpan& span)
+      : self_(self), cache_(cache), span_(span), ops_(call_, self.cost_) {
     call_.layer = self.setup_.layer;
     call_.phase = span.phase;
     call_.purpose = self.purpose_;
@@ -54,7 +55,8 @@ class StrategyRuntime::Services final : public sdk::Services {
     call_.num_seqs = 1;
     call_.kv = cache.view();
     call_.gqa = self.common_.gqa;
-    call_.random.key = static_cast<u64>(splitmix(static_cast<i64>(self.setup_.seed) * 1000003 + self.setup_.layer.index));
+    call_.random.key =
+        static_cast<u64>(splitmix(static_cast<i64>(self.setup_.seed) * 1000003 + self.setup_.layer.index));
     call_.random.step = static_cast<u64>(span.step + 1);
   }
 
@@ -121,14 +123,18 @@ class StrategyRuntime::Services final : public sdk::Services {
   }
 
   i32 carve(i64 bytes, Array* out, sdk::Error* error) {
+    if (asked_ + bytes > self_.plan_.workspace_bytes)
+      return report(error, "workspace of " + std::to_string(self_.plan_.workspace_bytes) +
+                               " bytes asked for in plan() is " +
+                               std::to_string(asked_ + bytes - self_.plan_.workspace_bytes) + " bytes short");
     const i64 size = (std::max<i64>(bytes, 1) + kAlignment - 1) / kAlignment * kAlignment;
-    if (used_ + size > self_.plan_.workspace_bytes)
-      return report(error, "workspace of " + std::to_string(self_.plan_.workspace_bytes) + " bytes asked for in plan() is " +
-                               std::to_string(used_ + size - self_.plan_.workspace_bytes) + " bytes short");
+    if (used_ + size > static_cast<i64>(self_.workspace_.size()) - kAlignment)
+      return report(error, "more than " + std::to_string(kMaxCarves) + " arrays carved from the workspace in one call");
     auto base = reinterpret_cast<std::uintptr_t>(self_.workspace_.data());
     base = (base + kAlignment - 1) / kAlignment * kAlignment + static_cast<std::uintptr_t>(used_);
     std::memset(reinterpret_cast<void*>(base), 0, static_cast<std::size_t>(size));
     used_ += size;
+    asked_ += bytes;
     *out = Array{reinterpret_cast<void*>(base), Dtype::u8, 1, {bytes, 0, 0, 0}, {1, 0, 0, 0}};
     return 0;
   }
@@ -136,7 +142,8 @@ class StrategyRuntime::Services final : public sdk::Services {
   /// A copy of the legal queries with NaN after each head's last one, so that reading on is seen.
   void poison(Queries* q) {
     const i64 d = q->head_dim, rows = q->count + 1;
-    auto& copy = poisoned_.emplace_back(static_cast<std::size_t>(q->heads * rows * d), std::numeric_limits<float>::quiet_NaN());
+    auto& copy =
+        poisoned_.emplace_back(static_cast<std::size_t>(q->heads * rows * d), std::numeric_limits<float>::quiet_NaN());
     for (i64 h = 0; h < q->heads; ++h)
       for (i64 i = 0; i < q->count; ++i)
         for (i64 c = 0; c < d; ++c) copy[static_cast<std::size_t>((h * rows + i) * d + c)] = q->at(0, h, i, c);
@@ -172,11 +179,12 @@ class StrategyRuntime::Services final : public sdk::Services {
   CallSpan span_;
   Call call_{};
   CpuOps ops_;
-  i64 used_ = 0;
+  i64 asked_ = 0, used_ = 0;                // of the workspace: by the strategy, and with alignment
   std::list<std::vector<float>> poisoned_;  // each is good until the call ends
 };
 
-template <class F> void StrategyRuntime::call(KvCache& cache, const CallSpan& span, F f) {
+template <class F>
+void StrategyRuntime::call(KvCache& cache, const CallSpan& span, F f) {
   Services services(*this, cache, span);
   f(services);
 }
@@ -209,9 +217,10 @@ void StrategyRuntime::check_plan() const {
   constexpr i64 kMost = static_cast<i64>(std::size(Plan{}.sides)), kAny = std::numeric_limits<i64>::max();
   const auto within = [&](const char* what, i64 found, i64 lo, i64 hi) {
     if (found >= lo && found <= hi) return;
-    throw lacuna::Error(Problem{std::string("strategy '") + entry().name + "' plans an impossible " + what,
-                                hi == kAny ? "at least " + std::to_string(lo) : std::to_string(lo) + ".." + std::to_string(hi),
-                                std::to_string(found), "role plan", "fix plan()"});
+    throw lacuna::Error(
+        Problem{std::string("strategy '") + entry().name + "' plans an impossible " + what,
+                hi == kAny ? "at least " + std::to_string(lo) : std::to_string(lo) + ".." + std::to_string(hi),
+                std::to_string(found), "role plan", "fix plan()"});
   };
   within("q_tile", plan_.q_tile, 1, kAny);
   within("unit_tokens", plan_.unit_tokens, 1, kAny);
@@ -240,7 +249,7 @@ void StrategyRuntime::prepare(KvCache& cache, const CallSpan& span, i64 budget_t
     check_plan();
     if (span.phase == Phase::decode || purpose_ == Purpose::evict) plan_.q_tile = 1;
     if (purpose_ == Purpose::evict) plan_.unit_tokens = 1;
-    workspace_.resize(static_cast<std::size_t>(plan_.workspace_bytes + 2 * kAlignment));
+    workspace_.resize(static_cast<std::size_t>(plan_.workspace_bytes + (kMaxCarves + 1) * kAlignment));
     planned_ = true;
     for (i32 i = 0; i < plan_.num_sides; ++i) {
       const std::string name = role_ + "/" + plan_.sides[i].name;
@@ -254,7 +263,8 @@ void StrategyRuntime::prepare(KvCache& cache, const CallSpan& span, i64 budget_t
 std::vector<i32> StrategyRuntime::granularities() const {
   std::vector<i32> out = base_ ? base_->granularities() : std::vector<i32>{};
   if (instance_.has_index())
-    for (i32 i = 0; i < plan_.num_sides; ++i) out.push_back(plan_.sides[i].per == SidePer::token ? 1 : plan_.sides[i].unit_tokens);
+    for (i32 i = 0; i < plan_.num_sides; ++i)
+      out.push_back(plan_.sides[i].per == SidePer::token ? 1 : plan_.sides[i].unit_tokens);
   std::sort(out.begin(), out.end());
   out.erase(std::unique(out.begin(), out.end()), out.end());
   return out;

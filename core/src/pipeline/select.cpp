@@ -29,8 +29,10 @@ OwnedSelection pack(const Rows& rows, i32 kv_block, const std::vector<RowLists>&
     s.token_count[r] = static_cast<i32>(l.tokens.size());
     std::copy(l.pieces.begin(), l.pieces.end(), s.pieces + static_cast<i64>(r) * s.piece_capacity);
     std::copy(l.tokens.begin(), l.tokens.end(), s.tokens + static_cast<i64>(r) * s.token_capacity);
-    std::copy(l.piece_weights.begin(), l.piece_weights.end(), s.piece_log_weight + static_cast<i64>(r) * s.piece_capacity);
-    std::copy(l.token_weights.begin(), l.token_weights.end(), s.token_log_weight + static_cast<i64>(r) * s.token_capacity);
+    std::copy(l.piece_weights.begin(), l.piece_weights.end(),
+              s.piece_log_weight + static_cast<i64>(r) * s.piece_capacity);
+    std::copy(l.token_weights.begin(), l.token_weights.end(),
+              s.token_log_weight + static_cast<i64>(r) * s.token_capacity);
     s.exact_sinks[r] = l.sinks;
     s.exact_window[r] = l.window;
     s.full[r] = l.full;
@@ -43,8 +45,12 @@ RowLists unpack(const Selection& s, i64 row) {
   const i32 *p = s.pieces + row * s.piece_capacity, *t = s.tokens + row * s.token_capacity;
   l.pieces.assign(p, p + s.piece_count[row]);
   l.tokens.assign(t, t + s.token_count[row]);
-  if (s.piece_log_weight) l.piece_weights.assign(s.piece_log_weight + row * s.piece_capacity, s.piece_log_weight + row * s.piece_capacity + s.piece_count[row]);
-  if (s.token_log_weight) l.token_weights.assign(s.token_log_weight + row * s.token_capacity, s.token_log_weight + row * s.token_capacity + s.token_count[row]);
+  if (s.piece_log_weight)
+    l.piece_weights.assign(s.piece_log_weight + row * s.piece_capacity,
+                           s.piece_log_weight + row * s.piece_capacity + s.piece_count[row]);
+  if (s.token_log_weight)
+    l.token_weights.assign(s.token_log_weight + row * s.token_capacity,
+                           s.token_log_weight + row * s.token_capacity + s.token_count[row]);
   l.sinks = s.exact_sinks[row];
   l.window = s.exact_window[row];
   l.full = s.full[row];
@@ -71,7 +77,14 @@ struct Setting {
   i64 queries() const { return span.end - span.begin; }
   i32 tiles() const { return static_cast<i32>((queries() + plan().q_tile - 1) / plan().q_tile); }
   Rows rows(bool per_query_head, i32 tile_begin, i32 tiles) const {
-    return {1, per_query_head ? setup.layer.num_qo_heads : setup.layer.num_kv_heads, tile_begin, tiles, plan().q_tile, per_query_head, queries(), span.begin};
+    return {1,
+            per_query_head ? setup.layer.num_qo_heads : setup.layer.num_kv_heads,
+            tile_begin,
+            tiles,
+            plan().q_tile,
+            per_query_head,
+            queries(),
+            span.begin};
   }
   RowSlots slots(const Rows& r, i64 row) const { return row_slots(kv, r, row, setup.layer.num_kv_heads); }
 };
@@ -80,7 +93,8 @@ struct Setting {
 OwnedBudget targets(const Setting& s, const Rows& rows) {
   OwnedBudget out(rows);
   Budget& b = out.view();
-  b.limited = s.budget().kind == BudgetSpec::Kind::density || s.budget().kind == BudgetSpec::Kind::tokens || s.budget().kind == BudgetSpec::Kind::units;
+  b.limited = s.budget().kind == BudgetSpec::Kind::density || s.budget().kind == BudgetSpec::Kind::tokens ||
+              s.budget().kind == BudgetSpec::Kind::units;
   b.sinks = s.plan().sinks;
   b.recent = s.plan().recent;
   for (i64 r = 0; r < rows.count(); ++r) {
@@ -94,15 +108,18 @@ OwnedBudget targets(const Setting& s, const Rows& rows) {
 
 /// The units a row must read: the first ones and the diagonal's (or current) one and those before it.
 std::vector<i32> forced_units(const Plan& plan, RowSlots at) {
-  const i32 unit = plan.unit_tokens, last = static_cast<i32>((at.end - 1) / unit), diagonal = static_cast<i32>(at.begin / unit);
+  const i32 unit = plan.unit_tokens, last = static_cast<i32>((at.end - 1) / unit),
+            diagonal = static_cast<i32>(at.begin / unit);
   std::vector<i32> out;
   for (i32 u = 0; u < plan.first_units && u <= last; ++u) out.push_back(u);
   if (plan.last_units > 0)
-    for (i32 u = std::max(diagonal - plan.last_units + 1, static_cast<i32>(out.size())); u <= last; ++u) out.push_back(u);
+    for (i32 u = std::max(diagonal - plan.last_units + 1, static_cast<i32>(out.size())); u <= last; ++u)
+      out.push_back(u);
   return out;
 }
 
-/// Ranks one row: forced units, then the best of the others up to the target (or to the mass, or to the method's own count).
+/// Ranks one row: forced units, then the best of the others up to the target (or to the mass, or to the method's own
+/// count).
 RowLists rank_row(const Setting& s, const Budget& budget, i64 row, const float* value, i64 n, BudgetAccount& account) {
   const Plan& plan = s.plan();
   const RowSlots at = s.slots(budget.rows, row);
@@ -124,8 +141,9 @@ RowLists rank_row(const Setting& s, const Budget& budget, i64 row, const float* 
   RowLists forced_only = out;
   (plan.unit_tokens == 1 ? forced_only.tokens : forced_only.pieces) = forced;
   for (i32& u : forced_only.pieces) u *= plan.unit_tokens;
-  const OwnedSelection one = pack(s.rows(budget.rows.per_query_head, 0, 1), plan.unit_tokens == 1 ? 0 : plan.unit_tokens,
-                                  std::vector<RowLists>(static_cast<std::size_t>(budget.rows.heads), forced_only), false);
+  const OwnedSelection one =
+      pack(s.rows(budget.rows.per_query_head, 0, 1), plan.unit_tokens == 1 ? 0 : plan.unit_tokens,
+           std::vector<RowLists>(static_cast<std::size_t>(budget.rows.heads), forced_only), false);
   const RowSet forced_set = expand_row(one.view(), 0, at.end);
 
   // Forced units and tokens that are read anyway do not compete.
@@ -141,8 +159,10 @@ RowLists rank_row(const Setting& s, const Budget& budget, i64 row, const float* 
   const i64 window_begin = plan.recent > 0 ? at.end - plan.recent : at.end;
   if (plan.unit_tokens > 1)
     for (i64 u = 0; u < n; ++u) {
-      const i64 begin = std::max<i64>(u * plan.unit_tokens, plan.sinks), end = std::min((u + 1) * plan.unit_tokens, at.end);
-      if (begin >= end || begin >= window_begin) candidate[static_cast<std::size_t>(u)] = -std::numeric_limits<float>::infinity();
+      const i64 begin = std::max<i64>(u * plan.unit_tokens, plan.sinks),
+                end = std::min((u + 1) * plan.unit_tokens, at.end);
+      if (begin >= end || begin >= window_begin)
+        candidate[static_cast<std::size_t>(u)] = -std::numeric_limits<float>::infinity();
     }
 
   const double top_p = s.budget().kind == BudgetSpec::Kind::mass ? s.budget().value : plan.threshold;
@@ -156,7 +176,8 @@ RowLists rank_row(const Setting& s, const Budget& budget, i64 row, const float* 
       const i64 forced_pairs = forced_set.pairs(at.begin, at.end);
       k = ranked_units(budget.pairs[row], forced_pairs, forced_count, plan.unit_tokens, queries, plan.min_units);
       const i64 unit_pairs = plan.unit_tokens * queries;
-      const i64 least = std::max(forced_pairs, forced_pairs + (std::max<i64>(1, plan.min_units) - forced_count) * unit_pairs);
+      const i64 least =
+          std::max(forced_pairs, forced_pairs + (std::max<i64>(1, plan.min_units) - forced_count) * unit_pairs);
       account.floor |= least - budget.pairs[row] > unit_pairs;
     }
     chosen = top_units(candidate, k);
@@ -198,12 +219,15 @@ RowLists unite_lists(const std::vector<RowLists>& lists, const Rows& rows, i32 k
 std::vector<RowLists> rank_all(Setting& s, Choice& out, Rows& all) {
   const Plan& plan = s.plan();
   const bool by_rules = s.allocator && s.allocator->instance().has_allocate_rows();
-  if (s.budget().kind == BudgetSpec::Kind::none && plan.default_units < 0 && !(plan.threshold >= 0 && plan.score_kind == ScoreKind::mass) && !by_rules)
-    throw lacuna::Error(Problem{std::string("strategy '") + s.strategy.entry().name + "' needs a budget", "density, tokens, units or mass", "none",
-                                "the select role", "give the role density = ..., or the scenario a [budget]"});
+  if (s.budget().kind == BudgetSpec::Kind::none && plan.default_units < 0 &&
+      !(plan.threshold >= 0 && plan.score_kind == ScoreKind::mass) && !by_rules)
+    throw lacuna::Error(Problem{std::string("strategy '") + s.strategy.entry().name + "' needs a budget",
+                                "density, tokens, units or mass", "none", "the select role",
+                                "give the role density = ..., or the scenario a [budget]"});
   if (s.budget().kind == BudgetSpec::Kind::mass && plan.score_kind != ScoreKind::mass)
-    throw lacuna::Error(Problem{std::string("strategy '") + s.strategy.entry().name + "' cannot be cut by mass", "scores of kind mass", "scores that only rank",
-                                "the select role", "give density, tokens or units instead"});
+    throw lacuna::Error(Problem{std::string("strategy '") + s.strategy.entry().name + "' cannot be cut by mass",
+                                "scores of kind mass", "scores that only rank", "the select role",
+                                "give density, tokens or units instead"});
   const i32 tiles = s.tiles(), unit = plan.unit_tokens;
   const i32 units = (s.kv.max_length + unit - 1) / unit;
   const Rows whole_scored = s.rows(plan.per_query_head, 0, tiles);
@@ -235,7 +259,8 @@ std::vector<RowLists> rank_all(Setting& s, Choice& out, Rows& all) {
       for (i64 r = 0; r < ranked.count(); ++r) total += budget.pairs[r];
       if (!s.strategy.entry().comparable_across_heads) {
         std::vector<i64> count(static_cast<std::size_t>(ranked.count()));
-        for (i64 r = 0; r < ranked.count(); ++r) count[static_cast<std::size_t>(r)] = (s.slots(ranked, r).end + unit - 1) / unit;
+        for (i64 r = 0; r < ranked.count(); ++r)
+          count[static_cast<std::size_t>(r)] = (s.slots(ranked, r).end + unit - 1) / unit;
         rank_normalise(scores.value, ranked.count(), units, count);
         out.rank_normalised = true;
       }
@@ -248,12 +273,14 @@ std::vector<RowLists> rank_all(Setting& s, Choice& out, Rows& all) {
       const RowSlots at = s.slots(ranked, r);
       const i64 n = (at.end + unit - 1) / unit;
       const i64 row = ranked.head_of(r) * static_cast<i64>(tiles) + ranked.tile_of(r);
-      lists[static_cast<std::size_t>(row)] = rank_row(s, budget, r, scores.value + r * units, n, accounts[static_cast<std::size_t>(r)]);
+      lists[static_cast<std::size_t>(row)] =
+          rank_row(s, budget, r, scores.value + r * units, n, accounts[static_cast<std::size_t>(r)]);
       if (s.options.keep_scores) std::copy_n(scores.value + r * units, n, out.scores.data() + row * units);
     }
     for (i64 r = 0; r < ranked.count(); ++r) {
       out.budget.add(accounts[static_cast<std::size_t>(r)]);
-      if (budget.limited && budget.rule[r] == static_cast<i32>(Rule::ranked)) account_target(out.budget, s.setup.layer, ranked, s.slots(ranked, r), budget.pairs[r], unit);
+      if (budget.limited && budget.rule[r] == static_cast<i32>(Rule::ranked))
+        account_target(out.budget, s.setup.layer, ranked, s.slots(ranked, r), budget.pairs[r], unit);
     }
   }
   return lists;
@@ -267,7 +294,8 @@ std::vector<RowLists> mark_all(Setting& s, Choice& out, Rows& all) {
   Budget& budget = owned.view();
   const i64 longest = s.kv.max_length;
   const i64 pieces = plan.max_pieces >= 0 ? plan.max_pieces : plan.unit_tokens > 1 ? longest / plan.unit_tokens + 1 : 0;
-  OwnedSelection room(all, plan.unit_tokens > 1 ? plan.unit_tokens : 0, pieces, plan.max_tokens >= 0 ? plan.max_tokens : longest, plan.weighted);
+  OwnedSelection room(all, plan.unit_tokens > 1 ? plan.unit_tokens : 0, pieces,
+                      plan.max_tokens >= 0 ? plan.max_tokens : longest, plan.weighted);
   s.strategy.mark(s.cache, s.span, budget, room.view());
   std::vector<RowLists> lists(static_cast<std::size_t>(all.count()));
   std::vector<i64> visible(lists.size());
@@ -302,8 +330,10 @@ std::vector<RowLists> refine_all(Setting& s, Choice& out, Rows& all) {
     std::copy(cells.begin(), cells.end(), sel.tokens + r * sel.token_capacity);
     sel.token_count[r] = static_cast<i32>(cells.size());
     if (set.log_weight.empty()) continue;
-    for (std::size_t i = 0, listed = 0; i < cells.size() && listed < set.slots.size(); ++i)  // cells beside the list weigh 0
-      if (cells[i] == set.slots[listed]) sel.token_log_weight[r * sel.token_capacity + static_cast<i64>(i)] = set.log_weight[listed++];
+    for (std::size_t i = 0, listed = 0; i < cells.size() && listed < set.slots.size();
+         ++i)  // cells beside the list weigh 0
+      if (cells[i] == set.slots[listed])
+        sel.token_log_weight[r * sel.token_capacity + static_cast<i64>(i)] = set.log_weight[listed++];
   }
   s.strategy.refine(s.cache, s.span, budget, sel);
   if (s.options.check) check_selection(s.strategy.culprit("refine"), sel, visible.data());
@@ -321,15 +351,18 @@ std::vector<RowLists> refine_all(Setting& s, Choice& out, Rows& all) {
 void check_explicit(const Setting& s) {
   const Gqa g = s.strategy.gqa();
   const auto refuse = [&](const char* what, const char* expected, const char* found) {
-    throw lacuna::Error(Problem{std::string("strategy '") + s.strategy.entry().name + "' " + what, expected, found, "the select role", ""});
+    throw lacuna::Error(Problem{std::string("strategy '") + s.strategy.entry().name + "' " + what, expected, found,
+                                "the select role", ""});
   };
   if (s.budget().kind == BudgetSpec::Kind::mass) refuse("cannot be cut by mass", "density, tokens or units", "mass");
   if (s.plan().per_query_head && g != Gqa::none && g != Gqa::union_)
-    refuse("chooses for each query head by itself, so that a group has nothing to reduce", "gqa = none or union", "mean, max or sum");
+    refuse("chooses for each query head by itself, so that a group has nothing to reduce", "gqa = none or union",
+           "mean, max or sum");
   if (s.plan().weighted && g == Gqa::union_)
     refuse("weights what it reads for each query head, which a union would lose", "gqa = none", "union");
   if (s.strategy.base() && s.strategy.base()->plan().weighted && !s.plan().weighted)
-    refuse("keeps no log weights, and its base samples with them", "a base without log weights", s.strategy.base()->entry().name);
+    refuse("keeps no log weights, and its base samples with them", "a base without log weights",
+           s.strategy.base()->entry().name);
 }
 
 /// Pairs of the listed columns that causality cuts off: ranking counts a unit on the diagonal as if every query saw it.
@@ -411,8 +444,8 @@ void BudgetAccount::add(const BudgetAccount& o) {
   floor |= o.floor;
 }
 
-Choice choose(StrategyRuntime& strategy, StrategyRuntime* allocator, KvCache& cache, const LayerSetup& setup, const CallSpan& span,
-              const ChooseOptions& options) {
+Choice choose(StrategyRuntime& strategy, StrategyRuntime* allocator, KvCache& cache, const LayerSetup& setup,
+              const CallSpan& span, const ChooseOptions& options) {
   Setting s{strategy, allocator, cache, setup, span, options, cache.view()};
   if (span.phase == Phase::prefill && s.budget().kind == BudgetSpec::Kind::density)
     s.constant = constant_tokens(s.budget().value, span.end);
@@ -424,14 +457,20 @@ Choice choose(StrategyRuntime& strategy, StrategyRuntime* allocator, KvCache& ca
                                 : instance.has_mark() ? mark_all(s, out, rows)
                                                       : rank_all(s, out, rows);
   if (strategy.gqa() == Gqa::union_ && rows.per_query_head) {
-    const Rows grouped = [&] { Rows r = s.rows(false, 0, rows.tiles); r.q_tile = rows.q_tile; return r; }();
+    const Rows grouped = [&] {
+      Rows r = s.rows(false, 0, rows.tiles);
+      r.q_tile = rows.q_tile;
+      return r;
+    }();
     std::vector<RowLists> united;
     for (i32 h = 0; h < grouped.heads; ++h)
       for (i32 t = 0; t < grouped.tiles; ++t) united.push_back(unite_lists(lists, rows, h, setup.layer.group(), t));
     lists = std::move(united);
     rows = grouped;
   }
-  const bool weighted = std::any_of(lists.begin(), lists.end(), [](const RowLists& l) { return !l.piece_weights.empty() || !l.token_weights.empty(); });
+  const bool weighted = std::any_of(lists.begin(), lists.end(), [](const RowLists& l) {
+    return !l.piece_weights.empty() || !l.token_weights.empty();
+  });
   out.selection = pack(rows, strategy.plan().unit_tokens > 1 ? strategy.plan().unit_tokens : 0, lists, weighted);
   expand_all(s, rows, out);
   return out;

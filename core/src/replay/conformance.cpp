@@ -11,10 +11,11 @@ struct Rule {
 };
 
 constexpr Rule kRules[] = {
-    {"contract", rule_contract},       {"awkward shape", rule_awkward_shape}, {"poison", rule_poison},
-    {"determinism", rule_determinism}, {"budget", rule_budget},               {"forced units", rule_forced_units},
-    {"dense point", rule_dense_point}, {"nested", rule_nested},               {"side data", rule_side_data},
-    {"allocation", rule_allocation},
+    {"contract", rule_contract},       {"awkward shape", rule_awkward_shape},
+    {"poison", rule_poison},           {"determinism", rule_determinism},
+    {"budget", rule_budget},           {"forced units", rule_forced_units},
+    {"dense point", rule_dense_point}, {"nested", rule_nested},
+    {"side data", rule_side_data},     {"allocation", rule_allocation},
 };
 }  // namespace
 

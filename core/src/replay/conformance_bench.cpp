@@ -46,7 +46,9 @@ std::vector<Use> uses_of(const StrategyType& type) {
 Bench::Bench(const Registry& registry, const StrategyType& type) : registry_(registry), type_(type) {
   for (const Use& use : uses_of(type)) {
     const bool wants_company = use.role == RoleKind::allocate || entry().wrapper;
-    const RoleKind company = use.role != RoleKind::allocate ? use.role : use.phase == ReplayPhase::evict ? RoleKind::evict : RoleKind::select;
+    const RoleKind company = use.role != RoleKind::allocate    ? use.role
+                             : use.phase == ReplayPhase::evict ? RoleKind::evict
+                                                               : RoleKind::select;
     if (!wants_company || scorer(company, use.phase)) uses_.push_back(use);
   }
 }
@@ -66,7 +68,8 @@ const StrategyType* Bench::scorer(RoleKind role, ReplayPhase phase) const {
   const StrategyType* best = nullptr;
   for (const StrategyType* t : registry_.all()) {
     const auto& e = t->entry();
-    const bool fits = t != &type_ && t->can(role) && t->in_phase(phase_bit(phase)) && e.score && e.takes_budget && !e.wrapper && !e.clairvoyant && !e.stochastic;
+    const bool fits = t != &type_ && t->can(role) && t->in_phase(phase_bit(phase)) && e.score && e.takes_budget &&
+                      !e.wrapper && !e.clairvoyant && !e.stochastic;
     if (!fits) continue;
     if (!best || t->name() == (role == RoleKind::evict ? "snapkv" : "quest")) best = t;
   }
@@ -75,7 +78,9 @@ const StrategyType* Bench::scorer(RoleKind role, ReplayPhase phase) const {
 
 Json Bench::companion(RoleKind role, ReplayPhase phase, const Json& budget) const {
   const StrategyType* type = scorer(role, phase);
-  if (!type) throw Error({"no strategy stands beside '" + type_.name() + "'", "one that ranks and takes a budget", "none", "conformance", "load the built-in strategies"});
+  if (!type)
+    throw Error({"no strategy stands beside '" + type_.name() + "'", "one that ranks and takes a budget", "none",
+                 "conformance", "load the built-in strategies"});
   Json out = {{"name", type->name()}};
   out.update(budget);
   return out;
@@ -85,13 +90,17 @@ Cell Bench::cell(const Use& use, const Json& settings) const {
   Json own = {{"name", type_.name()}}, budget = Json::object();
   for (const auto& item : settings.items()) (is_budget_key(item.key()) ? budget : own)[item.key()] = item.value();
   const auto no_dense_layers = [](const StrategyType& type, RoleKind role, Json& table) {
-    if (has_parameter(type, role, "dense_layers") && !table.contains("dense_layers")) table["dense_layers"] = Json::array();
+    if (has_parameter(type, role, "dense_layers") && !table.contains("dense_layers"))
+      table["dense_layers"] = Json::array();
   };
   no_dense_layers(type_, use.role, own);
-  if (entry().wrapper && !own.contains("base")) own["base"] = companion(use.role, use.phase, {{"density", kLooseDensity}});
+  if (entry().wrapper && !own.contains("base"))
+    own["base"] = companion(use.role, use.phase, {{"density", kLooseDensity}});
   Cell out;
   out.label = type_.name();
-  const auto made = [&](const Json& table, RoleKind role) { return resolve(registry_, table, "conformance", "", role); };
+  const auto made = [&](const Json& table, RoleKind role) {
+    return resolve(registry_, table, "conformance", "", role);
+  };
   if (use.role != RoleKind::allocate) {
     own.update(budget);
     (use.role == RoleKind::select ? out.select : out.evict) = made(own, use.role);
@@ -132,7 +141,8 @@ sdk::Plan Bench::plan(const Use& use, const Cell& cell) {
   const LayerSetup setup = on.setup(0, true);
   const bool select = use.role == RoleKind::select, decode = select && use.phase == ReplayPhase::decode;
   KvCache cache = on.fork(on.tokens());
-  StrategyRuntime runtime(select ? *cell.select : *cell.evict, select ? sdk::Purpose::select : sdk::Purpose::evict, setup, verb(use.role));
+  StrategyRuntime runtime(select ? *cell.select : *cell.evict, select ? sdk::Purpose::select : sdk::Purpose::evict,
+                          setup, verb(use.role));
   runtime.prepare(cache, {decode ? sdk::Phase::decode : sdk::Phase::prefill, decode ? 0 : -1, 0, on.tokens()}, -1);
   return runtime.plan();
 }
@@ -143,11 +153,15 @@ std::vector<Resolved> Bench::evictors() const {
     if (t->can_evict() && t->entry().attended && t->entry().takes_budget) types.push_back(t);
   std::vector<Resolved> out;
   for (const StrategyType* t : types)
-    if (t) out.push_back(resolve(registry_, {{"name", t->name()}, {"density", kLooseDensity}}, "conformance", "", RoleKind::evict));
+    if (t)
+      out.push_back(
+          resolve(registry_, {{"name", t->name()}, {"density", kLooseDensity}}, "conformance", "", RoleKind::evict));
   return out;
 }
 
-PhaseQueries Bench::queries(const Use& use, const Shape& shape, const Cell& cell) { return phase_queries(info(shape), use.phase, cut_parameter(cell)); }
+PhaseQueries Bench::queries(const Use& use, const Shape& shape, const Cell& cell) {
+  return phase_queries(info(shape), use.phase, cut_parameter(cell));
+}
 
 Outcome Bench::run(const Use& use, const Shape& shape, const Cell& cell, bool poison) {
   Outcome out;
@@ -162,8 +176,9 @@ Outcome Bench::run(const Use& use, const Shape& shape, const Cell& cell, bool po
 }
 
 std::string describe(const Use& use, const Shape& s, const Json& settings) {
-  std::string text = fmt::format("{} in {} ({} heads, {} KV heads, d {}, {} + {} tokens)", verb(use.role), name_of(use.phase), s.num_qo_heads, s.num_kv_heads,
-                                 s.head_dim, s.prefill_tokens, s.decode_tokens);
+  std::string text =
+      fmt::format("{} in {} ({} heads, {} KV heads, d {}, {} + {} tokens)", verb(use.role), name_of(use.phase),
+                  s.num_qo_heads, s.num_kv_heads, s.head_dim, s.prefill_tokens, s.decode_tokens);
   if (!settings.empty()) text += " with " + settings.dump();
   return text;
 }
@@ -171,11 +186,13 @@ std::string describe(const Use& use, const Shape& s, const Json& settings) {
 std::string difference(const Outcome& a, const Outcome& b) {
   if (a.failed() || b.failed()) return a.error == b.error ? "" : "one run failed: " + (a.failed() ? a.error : b.error);
   for (std::size_t h = 0; h < std::max(a.eviction.kept.size(), b.eviction.kept.size()); ++h)
-    if (h >= a.eviction.kept.size() || h >= b.eviction.kept.size() || a.eviction.kept[h] != b.eviction.kept[h]) return fmt::format("KV head {} keeps other tokens", h);
+    if (h >= a.eviction.kept.size() || h >= b.eviction.kept.size() || a.eviction.kept[h] != b.eviction.kept[h])
+      return fmt::format("KV head {} keeps other tokens", h);
   if (a.run.sets.size() != b.run.sets.size()) return "another number of rows";
   for (std::size_t r = 0; r < a.run.sets.size(); ++r) {
     const RowSet &x = a.run.sets[r], &y = b.run.sets[r];
-    if (x.slots != y.slots || x.exact_sinks != y.exact_sinks || x.exact_window != y.exact_window) return fmt::format("row {} reads other tokens", r);
+    if (x.slots != y.slots || x.exact_sinks != y.exact_sinks || x.exact_window != y.exact_window)
+      return fmt::format("row {} reads other tokens", r);
     if (!same_bits(x.log_weight, y.log_weight)) return fmt::format("row {} has other log weights", r);
   }
   if (!same_bits(a.run.lse, b.run.lse)) return "other bits in lse";

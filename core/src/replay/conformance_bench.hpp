@@ -1,5 +1,5 @@
-// What the conformance rules run a strategy on: generated traces, the uses it declares, and the company that a wrapper or an
-// allocator needs.
+// What the conformance rules run a strategy on: generated traces, the uses it declares, and the company that a wrapper
+// or an allocator needs.
 #pragma once
 
 #include <map>
@@ -28,7 +28,7 @@ struct Shape {
 /// Long enough that budgets from a tenth on leave room beside forced units.
 inline constexpr Shape kRegular{8, 2, 64, 640, 12};
 /// Every group and head size that models have, against lengths on both sides of tiles, pages and blocks.
-inline constexpr Shape kAwkward[] = {{1, 1, 64, 1, 1},  {3, 1, 64, 17, 3},   {6, 2, 128, 64, 2}, {7, 1, 128, 65, 2},
+inline constexpr Shape kAwkward[] = {{1, 1, 64, 1, 1},    {3, 1, 64, 17, 3},  {6, 2, 128, 64, 2}, {7, 1, 128, 65, 2},
                                      {8, 1, 256, 130, 2}, {8, 8, 64, 257, 2}, {14, 2, 64, 33, 1}};
 
 /// What came of one run; `error` is empty unless the strategy failed.
@@ -49,8 +49,8 @@ class Bench {
   const std::vector<Use>& uses() const { return uses_; }
   /// Budgets to try, as settings: several for a strategy that takes one, and none.
   std::vector<Json> budgets(const Use& use) const;
-  /// The strategy in its role with these settings (parameters and budget; an allocator's budget goes to its scorer), no layer
-  /// left dense. Throws Error.
+  /// The strategy in its role with these settings (parameters and budget; an allocator's budget goes to its scorer), no
+  /// layer left dense. Throws Error.
   Cell cell(const Use& use, const Json& settings) const;
   /// A companion for that role and phase that ranks, or null.
   const StrategyType* scorer(RoleKind role, ReplayPhase phase) const;
@@ -60,8 +60,8 @@ class Bench {
   Outcome run(const Use& use, const Shape& shape, const Cell& cell, bool poison = true);
   /// What it plans for the regular shape.
   sdk::Plan plan(const Use& use, const Cell& cell);
-  /// Evictions to stand beside a selection: once at the cut, and, where there is one, by the attention received, which goes on
-  /// while decoding.
+  /// Evictions to stand beside a selection: once at the cut, and, where there is one, by the attention received, which
+  /// goes on while decoding.
   std::vector<Resolved> evictors() const;
   PhaseQueries queries(const Use& use, const Shape& shape, const Cell& cell);
 

@@ -33,7 +33,8 @@ Verdict rule_dense_point(Bench& bench);
 Verdict rule_nested(Bench& bench);
 /// Sides brought up to date step by step, across appends and evictions, choose as sides built from scratch do.
 Verdict rule_side_data(Bench& bench);
-/// Allocators hand out what they were given: over the model's layers within 1 %, over a layer's rows within a token a row.
+/// Allocators hand out what they were given: over the model's layers within 1 %, over a layer's rows within a token a
+/// row.
 Verdict rule_allocation(Bench& bench);
 
 }  // namespace lacuna

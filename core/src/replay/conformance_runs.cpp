@@ -30,8 +30,9 @@ Verdict run_all(Bench& bench, const Shape* begin, const Shape* end) {
         const auto finite = [](float x) { return std::isfinite(x); };
         const auto wrong = std::find_if_not(o.run.out.begin(), o.run.out.end(), finite);
         if (wrong != o.run.out.end())
-          return fail(fmt::format("{}: output {} of query head {}", describe(use, *shape, budget), *wrong,
-                                  (wrong - o.run.out.begin()) * shape->num_qo_heads / static_cast<std::ptrdiff_t>(o.run.out.size())));
+          return fail(fmt::format(
+              "{}: output {} of query head {}", describe(use, *shape, budget), *wrong,
+              (wrong - o.run.out.begin()) * shape->num_qo_heads / static_cast<std::ptrdiff_t>(o.run.out.size())));
       }
   return {true, fmt::format("{} runs", runs)};
 }
@@ -68,7 +69,8 @@ Verdict rule_poison(Bench& bench) {
     for (const Shape& shape : {kRegular, kAwkward[1], kAwkward[4]}) {
       const Outcome clean = bench.run(use, shape, cell, false), poisoned = bench.run(use, shape, cell, true);
       const std::string what = difference(clean, poisoned);
-      if (!what.empty()) return fail(describe(use, shape, budget) + ": NaN beyond the cache or the queries shows: " + what);
+      if (!what.empty())
+        return fail(describe(use, shape, budget) + ": NaN beyond the cache or the queries shows: " + what);
     }
   }
   return {true, "NaN beyond the cache and the queries changes nothing"};
@@ -82,15 +84,18 @@ Verdict rule_determinism(Bench& bench) {
     const Outcome first = on_threads(bench, use, cell, 2);
     for (const int threads : {2, 1}) {
       const std::string what = difference(first, on_threads(bench, use, cell, threads));
-      if (!what.empty()) return fail(fmt::format("{}: run again on {} thread(s): {}", describe(use, kRegular, budget), threads, what));
+      if (!what.empty())
+        return fail(fmt::format("{}: run again on {} thread(s): {}", describe(use, kRegular, budget), threads, what));
     }
     cell.seed = 1;
     const std::string what = difference(first, on_threads(bench, use, cell, 2));
     seed_matters |= !what.empty();
-    if (!what.empty() && !bench.entry().stochastic) return fail(describe(use, kRegular, budget) + ": another seed, yet it does not declare stochastic: " + what);
+    if (!what.empty() && !bench.entry().stochastic)
+      return fail(describe(use, kRegular, budget) + ": another seed, yet it does not declare stochastic: " + what);
   }
   if (bench.entry().stochastic && !seed_matters) return fail("declares stochastic, and another seed changes nothing");
-  return {true, bench.entry().stochastic ? "equal seed, equal bits; another seed differs" : "equal bits on one thread and two"};
+  return {true, bench.entry().stochastic ? "equal seed, equal bits; another seed differs"
+                                         : "equal bits on one thread and two"};
 }
 
 Verdict rule_budget(Bench& bench) {
@@ -104,7 +109,8 @@ Verdict rule_budget(Bench& bench) {
       for (const char* mark : {"off-budget", "floor"}) {
         if (std::find(o.run.marks.begin(), o.run.marks.end(), mark) == o.run.marks.end()) continue;
         if (mark != std::string("floor") || density == kRoomy)
-          return fail(fmt::format("{}: {}: realised {:.4f} of a target of {:.4f}", describe(use, kRegular, budget), mark, o.run.realised_head, o.run.target_share));
+          return fail(fmt::format("{}: {}: realised {:.4f} of a target of {:.4f}", describe(use, kRegular, budget),
+                                  mark, o.run.realised_head, o.run.target_share));
       }
     }
   return {true, "within 1 % or one unit a row"};

@@ -54,9 +54,10 @@ Verdict forced_in(Bench& bench, const Use& use, const Json& budget) {
   for (i64 row = 0; row < static_cast<i64>(o.run.sets.size()); ++row) {
     const i64 begin = row % tiles * o.run.q_tile, end = std::min(begin + o.run.q_tile, count);
     for (const i64 i : {begin, end - 1})
-      if (const i64 s = missing_forced(plan, ranks, o.run.sets[static_cast<std::size_t>(row)], queries.begin + i); s >= 0)
-        return fail(fmt::format("{}: head {} does not read the forced token {} for the query at {}", describe(use, kRegular, budget), row / tiles, s,
-                                queries.begin + i));
+      if (const i64 s = missing_forced(plan, ranks, o.run.sets[static_cast<std::size_t>(row)], queries.begin + i);
+          s >= 0)
+        return fail(fmt::format("{}: head {} does not read the forced token {} for the query at {}",
+                                describe(use, kRegular, budget), row / tiles, s, queries.begin + i));
   }
   return {true, ""};
 }
@@ -72,9 +73,11 @@ std::string off_dense(LayerReplay& layer, PhaseQueries q, const PhaseRun& run) {
       const std::size_t at = r * static_cast<std::size_t>(d) + static_cast<std::size_t>(c);
       square += (run.out[at] - out[at]) * (run.out[at] - out[at]);
     }
-    const double off_lse = std::abs(run.lse[r] - lse[r]) / std::max(1.0, std::abs(lse[r])), off_out = std::sqrt(square) / scale[r];
+    const double off_lse = std::abs(run.lse[r] - lse[r]) / std::max(1.0, std::abs(lse[r])),
+                 off_out = std::sqrt(square) / scale[r];
     if (off_lse <= kLseBound && off_out <= kOutBound) continue;
-    return fmt::format("query {} of head {}: lse off by {:.2e} of max(1, |lse|), output by {:.2e} of sum p |v|", r % (lse.size() / static_cast<std::size_t>(layer.layer().num_qo_heads)),
+    return fmt::format("query {} of head {}: lse off by {:.2e} of max(1, |lse|), output by {:.2e} of sum p |v|",
+                       r % (lse.size() / static_cast<std::size_t>(layer.layer().num_qo_heads)),
                        r / (lse.size() / static_cast<std::size_t>(layer.layer().num_qo_heads)), off_lse, off_out);
   }
   return "";
@@ -84,20 +87,25 @@ std::string off_dense(LayerReplay& layer, PhaseQueries q, const PhaseRun& run) {
 std::string not_nested(Bench& bench, const Use& use, const Cell& cell, const Outcome& small, const Outcome& large) {
   for (std::size_t h = 0; h < small.eviction.kept.size(); ++h) {
     const auto &a = small.eviction.kept[h], &b = large.eviction.kept[h];
-    if (!std::includes(b.begin(), b.end(), a.begin(), a.end())) return fmt::format("KV head {} keeps what it drops with a larger budget", h);
+    if (!std::includes(b.begin(), b.end(), a.begin(), a.end()))
+      return fmt::format("KV head {} keeps what it drops with a larger budget", h);
   }
   const PhaseQueries q = bench.queries(use, kRegular, cell);
   const i64 count = q.end - q.begin, tile = small.run.q_tile, tiles = (count + tile - 1) / tile;
   for (std::size_t r = 0; r < small.run.sets.size(); ++r)
-    for (const i64 i : {static_cast<i64>(r) % tiles * tile, std::min((static_cast<i64>(r) % tiles + 1) * tile, count) - 1}) {
-      const auto a = small.run.sets[r].cells(q.begin + i, q.begin + i + 1), b = large.run.sets[r].cells(q.begin + i, q.begin + i + 1);
+    for (const i64 i :
+         {static_cast<i64>(r) % tiles * tile, std::min((static_cast<i64>(r) % tiles + 1) * tile, count) - 1}) {
+      const auto a = small.run.sets[r].cells(q.begin + i, q.begin + i + 1),
+                 b = large.run.sets[r].cells(q.begin + i, q.begin + i + 1);
       if (!std::includes(b.begin(), b.end(), a.begin(), a.end()))
-        return fmt::format("head {} reads for the query at {} what it does not with a larger budget", static_cast<i64>(r) / tiles, q.begin + i);
+        return fmt::format("head {} reads for the query at {} what it does not with a larger budget",
+                           static_cast<i64>(r) / tiles, q.begin + i);
     }
   LayerReplay& layer = bench.layer(kRegular, true);
   const std::vector<double> less = mass_of(layer, q, small.run), more = mass_of(layer, q, large.run);
   for (std::size_t i = 0; i < less.size(); ++i)
-    if (more[i] < less[i] - kMassSlack) return fmt::format("mass {} falls to {} with a larger budget", less[i], more[i]);
+    if (more[i] < less[i] - kMassSlack)
+      return fmt::format("mass {} falls to {} with a larger budget", less[i], more[i]);
   return "";
 }
 }  // namespace
@@ -106,7 +114,9 @@ Verdict rule_forced_units(Bench& bench) {
   int uses = 0;
   for (const Use& use : bench.uses()) {
     // An allocator's rules may take a row out of the ranking, and what retain() keeps is its own affair.
-    if (use.role == RoleKind::allocate || (use.role == RoleKind::evict && (bench.entry().retain || use.phase == ReplayPhase::decode))) continue;
+    if (use.role == RoleKind::allocate ||
+        (use.role == RoleKind::evict && (bench.entry().retain || use.phase == ReplayPhase::decode)))
+      continue;
     ++uses;
     for (const double density : {0.1, 0.3}) {
       const Json budget = bench.entry().takes_budget ? Json{{"density", density}} : Json::object();
@@ -114,7 +124,8 @@ Verdict rule_forced_units(Bench& bench) {
       if (!v.passed) return v;
     }
   }
-  return uses > 0 ? Verdict{true, "what plan() forces is read and kept"} : not_applicable("nothing is forced in what it does");
+  return uses > 0 ? Verdict{true, "what plan() forces is read and kept"}
+                  : not_applicable("nothing is forced in what it does");
 }
 
 Verdict rule_dense_point(Bench& bench) {
@@ -126,7 +137,8 @@ Verdict rule_dense_point(Bench& bench) {
       const Cell cell = bench.cell(use, settings);
       const Outcome o = bench.run(use, shape, cell);
       if (o.failed()) return fail(describe(use, shape, settings) + ": " + o.error);
-      if (o.run.work.sparse_rows == 0) return fail(describe(use, shape, settings) + ": nothing went through the sparse path");
+      if (o.run.work.sparse_rows == 0)
+        return fail(describe(use, shape, settings) + ": nothing went through the sparse path");
       const std::string off = off_dense(bench.layer(shape, true), bench.queries(use, shape, cell), o.run);
       if (!off.empty()) return fail(describe(use, shape, settings) + " is not dense: " + off);
     }

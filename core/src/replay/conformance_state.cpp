@@ -20,8 +20,8 @@ KvCache rebuilt(LayerReplay& layer, const KvCache& other, i64 tokens) {
   return cache;
 }
 
-/// Selection: decode steps of one pipeline, each held against a fresh pipeline on the same tokens; `evict` (or null) lets tokens
-/// go between them.
+/// Selection: decode steps of one pipeline, each held against a fresh pipeline on the same tokens; `evict` (or null)
+/// lets tokens go between them.
 std::string stale_selection(Bench& bench, const Use& use, const Cell& cell, const Resolved* evict) {
   LayerReplay& layer = bench.layer(kRegular, true);
   const LayerSetup setup = layer.setup(0, true);
@@ -37,8 +37,10 @@ std::string stale_selection(Bench& bench, const Use& use, const Cell& cell, cons
     LayerPipeline fresh({&*cell.select, nullptr, nullptr}, setup, rebuilt(layer, driven.cache(), prompt + i), {true});
     const Step a = driven.step(prompt + i, i), b = fresh.step(prompt + i, i);
     for (std::size_t h = 0; h < a.choice.sets.size(); ++h)
-      if (a.choice.sets[h].slots != b.choice.sets[h].slots || a.choice.sets[h].log_weight != b.choice.sets[h].log_weight)
-        return fmt::format("{}: {}step {}, head {}: sides built from scratch choose otherwise", describe(use, kRegular, {}), evict ? "after evictions, " : "", i, h);
+      if (a.choice.sets[h].slots != b.choice.sets[h].slots ||
+          a.choice.sets[h].log_weight != b.choice.sets[h].log_weight)
+        return fmt::format("{}: {}step {}, head {}: sides built from scratch choose otherwise",
+                           describe(use, kRegular, {}), evict ? "after evictions, " : "", i, h);
   }
   return "";
 }
@@ -53,7 +55,9 @@ std::string stale_eviction(Bench& bench, const Use& use, const Cell& cell) {
   driven.evict_at_cut();
   driven.append(half, prompt - half);
   LayerPipeline fresh(roles, setup, rebuilt(layer, driven.cache(), prompt), {true});
-  return driven.evict_at_cut().kept == fresh.evict_at_cut().kept ? "" : describe(use, kRegular, {}) + ": sides built from scratch keep other tokens";
+  return driven.evict_at_cut().kept == fresh.evict_at_cut().kept
+             ? ""
+             : describe(use, kRegular, {}) + ": sides built from scratch keep other tokens";
 }
 
 /// Per head as many tokens as the cut's targets add up to, a token a head aside; "" where it does not apply.
@@ -90,14 +94,16 @@ Verdict rule_allocation(Bench& bench) {
   if (!bench.entry().takes_budget) return not_applicable("its rules stand instead of a budget");
   constexpr double kShare = 0.01;
   for (const Use& use : bench.uses()) {
-    if (use.role != RoleKind::allocate || use.phase != ReplayPhase::evict) continue;  // elsewhere the rule `budget` sees to it
+    if (use.role != RoleKind::allocate || use.phase != ReplayPhase::evict)
+      continue;  // elsewhere the rule `budget` sees to it
     for (const double density : {0.2, 0.5, 0.8}) {
       const Json budget = {{"density", density}};
       const Outcome o = bench.run(use, kRegular, bench.cell(use, budget));
       if (o.failed()) return fail(describe(use, kRegular, budget) + ": " + o.error);
       const double mean = o.eviction.allocated_mean, target = static_cast<double>(o.eviction.mean_tokens);
       if (std::abs(mean - target) > kShare * target)
-        return fail(fmt::format("{}: the layers' mean is {} tokens of a target of {}", describe(use, kRegular, budget), mean, target));
+        return fail(fmt::format("{}: the layers' mean is {} tokens of a target of {}", describe(use, kRegular, budget),
+                                mean, target));
       const std::string off = o.eviction.floor ? "" : off_target(o, kRegular.num_kv_heads);
       if (!off.empty()) return fail(describe(use, kRegular, budget) + ": " + off);
     }

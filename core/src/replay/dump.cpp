@@ -33,8 +33,12 @@ struct Ragged {
 /// The file as it grows. Keeps pointers: what is given to it must live until write().
 class DumpFile {
  public:
-  void add(const std::string& name, const std::vector<float>& v, std::vector<i64> shape) { tensors_[name] = {StoredType::f32, std::move(shape), v.data()}; }
-  void add(const std::string& name, const std::vector<i32>& v) { tensors_[name] = {StoredType::i32, {static_cast<i64>(v.size())}, v.data()}; }
+  void add(const std::string& name, const std::vector<float>& v, std::vector<i64> shape) {
+    tensors_[name] = {StoredType::f32, std::move(shape), v.data()};
+  }
+  void add(const std::string& name, const std::vector<i32>& v) {
+    tensors_[name] = {StoredType::i32, {static_cast<i64>(v.size())}, v.data()};
+  }
   void add(const std::string& name, const Ragged& r, const char* indices, bool weighted) {
     tensors_[name + ".indptr"] = {StoredType::i64, {static_cast<i64>(r.indptr.size())}, r.indptr.data()};
     add(name + "." + indices, r.indices);
@@ -95,7 +99,8 @@ class PrefillRows {
       if (weighted_) pieces_.log_weight.push_back(set.weight(start));
     }
     for (const i32 slot : set.slots) {
-      for (; piece < starts.size() && starts[piece] <= slot; ++piece) covered = starts[piece] + static_cast<i64>(kv_block_);
+      for (; piece < starts.size() && starts[piece] <= slot; ++piece)
+        covered = starts[piece] + static_cast<i64>(kv_block_);
       if (slot < covered) continue;
       columns_.add(slot);
       if (weighted_) columns_.log_weight.push_back(set.weight(slot));
@@ -152,7 +157,8 @@ class ScoreRows {
     for (const auto& [scores, stride] : calls_)
       for (i64 at = 0; at < static_cast<i64>(scores.size()); at += stride) {
         values_.insert(values_.end(), scores.begin() + at, scores.begin() + at + stride);
-        values_.resize(values_.size() + static_cast<std::size_t>(stride_ - stride), -std::numeric_limits<float>::infinity());
+        values_.resize(values_.size() + static_cast<std::size_t>(stride_ - stride),
+                       -std::numeric_limits<float>::infinity());
       }
     if (stride_ > 0) file.add("scores", values_, {static_cast<i64>(values_.size()) / stride_, stride_});
   }
@@ -167,7 +173,8 @@ Json strategy_ids(const Cell& cell) {
   Json out = Json::object();
   const auto add = [&](const std::string& role, const std::optional<Resolved>& resolved) {
     std::string path = role;
-    for (const Resolved* r = resolved ? &*resolved : nullptr; r; r = r->base.get(), path += ".base") out[path] = r->type->name() + "@" + r->type->id();
+    for (const Resolved* r = resolved ? &*resolved : nullptr; r; r = r->base.get(), path += ".base")
+      out[path] = r->type->name() + "@" + r->type->id();
   };
   add("select", cell.select);
   add("evict", cell.evict);
@@ -183,7 +190,8 @@ void dump(const Trace& trace, const Cell& cell, const DumpOptions& options, cons
   const PhaseQueries q = phase_queries(info, options.phase, cut_parameter(cell));
   if (reason.empty() && q.begin == q.end) reason = "the trace has no queries there";
   if (!reason.empty())
-    throw lacuna::Error(Problem{std::string("nothing to dump in ") + name_of(options.phase), "a strategy that acts in this phase", reason, info.path,
+    throw lacuna::Error(Problem{std::string("nothing to dump in ") + name_of(options.phase),
+                                "a strategy that acts in this phase", reason, info.path,
                                 "choose another phase, or give the role that acts in it"});
 
   LayerReplay layer(trace, options.layer, options.page_size, options.check);
@@ -195,8 +203,10 @@ void dump(const Trace& trace, const Cell& cell, const DumpOptions& options, cons
   PhaseOptions run_options{options.check, options.scores, {}, {}};
   if (options.phase != ReplayPhase::evict)
     run_options.on_step = [&](const Step& step) {
-      if (options.phase == ReplayPhase::prefill) prefill.take(step, l, q.end);
-      else decode.take(step);
+      if (options.phase == ReplayPhase::prefill)
+        prefill.take(step, l, q.end);
+      else
+        decode.take(step);
       scores.take(step.choice.scores, step.choice.scores_stride);
     };
   else
@@ -204,7 +214,8 @@ void dump(const Trace& trace, const Cell& cell, const DumpOptions& options, cons
       std::vector<i32> all(static_cast<std::size_t>(q.begin));
       for (i64 i = 0; i < q.begin; ++i) all[static_cast<std::size_t>(i)] = static_cast<i32>(i);
       // Nothing was evicted before, so that slots are positions; a layer that is left alone keeps them all.
-      for (std::size_t h = 0; h < static_cast<std::size_t>(l.num_kv_heads); ++h) kept.add_row(e.kept.empty() ? all : e.kept[h]);
+      for (std::size_t h = 0; h < static_cast<std::size_t>(l.num_kv_heads); ++h)
+        kept.add_row(e.kept.empty() ? all : e.kept[h]);
       scores.take(e.scores, q.begin);
     };
   const PhaseRun run = run_phase(layer, info, cell, options.phase, q, run_options);

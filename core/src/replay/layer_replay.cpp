@@ -25,11 +25,14 @@ LayerReplay::LayerReplay(const Trace& trace, int layer, i32 page_size, bool pois
       rope_(trace.info().rope.at(layer), layer_.head_dim) {
   if (tensors_.k.dtype != tensors_.v.dtype)
     throw lacuna::Error(Problem{"keys and values of one layer differ in element type", "one dtype for k and v", "two",
-                                trace.info().path + ": layers." + std::to_string(layer), "write both in the same dtype"});
+                                trace.info().path + ": layers." + std::to_string(layer),
+                                "write both in the same dtype"});
   const i64 pages_a_head = (tokens_ + page_size - 1) / page_size;
-  // Parents share nothing with each other; beside them there is one working fork, and what it copies of a page it is about to drop.
+  // Parents share nothing with each other; beside them there is one working fork, and what it copies of a page it is
+  // about to drop.
   constexpr i64 kCaches = kMostParents + 2;
-  pool_ = std::make_shared<PagePool>(cpu_device(), page_size, layer_.head_dim, tensors_.k.dtype, kCaches * layer_.num_kv_heads * (pages_a_head + 1), poison);
+  pool_ = std::make_shared<PagePool>(cpu_device(), page_size, layer_.head_dim, tensors_.k.dtype,
+                                     kCaches * layer_.num_kv_heads * (pages_a_head + 1), poison);
   dense_out_.resize(static_cast<std::size_t>(layer_.num_qo_heads * tokens_ * layer_.head_dim));
   dense_lse_.resize(static_cast<std::size_t>(layer_.num_qo_heads * tokens_));
   attend(dense_attention(0, tokens_), dense_out_.data(), dense_lse_.data());
@@ -65,6 +68,8 @@ Attention LayerReplay::dense_attention(i64 begin, i64 end) {
 std::vector<float> LayerReplay::dense_out(i64 begin, i64 end) const {
   return slice(dense_out_, layer_.num_qo_heads, tokens_, layer_.head_dim, begin, end);
 }
-std::vector<float> LayerReplay::dense_lse(i64 begin, i64 end) const { return slice(dense_lse_, layer_.num_qo_heads, tokens_, 1, begin, end); }
+std::vector<float> LayerReplay::dense_lse(i64 begin, i64 end) const {
+  return slice(dense_lse_, layer_.num_qo_heads, tokens_, 1, begin, end);
+}
 
 }  // namespace lacuna

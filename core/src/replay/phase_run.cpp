@@ -15,7 +15,8 @@ namespace {
 /// Bookkeeping while a phase runs.
 class Collector {
  public:
-  Collector(PhaseRun& run, LayerReplay& layer, i64 queries, const PhaseOptions& options) : run_(run), layer_(layer), queries_(queries), options_(options) {
+  Collector(PhaseRun& run, LayerReplay& layer, i64 queries, const PhaseOptions& options)
+      : run_(run), layer_(layer), queries_(queries), options_(options) {
     const Layer& l = layer.layer();
     run.out.resize(static_cast<std::size_t>(l.num_qo_heads * queries * l.head_dim));
     run.lse.resize(static_cast<std::size_t>(l.num_qo_heads * queries));
@@ -39,7 +40,9 @@ class Collector {
   }
 
   /// K + V bytes of a token of one KV head.
-  double token_bytes() const { return 2.0 * layer_.layer().head_dim * static_cast<double>(size_of(layer_.tensors().k.dtype)); }
+  double token_bytes() const {
+    return 2.0 * layer_.layer().head_dim * static_cast<double>(size_of(layer_.tensors().k.dtype));
+  }
   const BudgetAccount& account() const { return account_; }
   bool rank_normalised() const { return rank_normalised_; }
 
@@ -89,7 +92,8 @@ void run_steps(PhaseRun& run, LayerReplay& layer, LayerPipeline& pipeline, Colle
       run.sets[static_cast<std::size_t>(h * queries + i)] = std::move(step.position_sets[static_cast<std::size_t>(h)]);
     weighted |= !step.unweighted_out.empty();
     const std::vector<float>& plain = step.unweighted_out.empty() ? step.out : step.unweighted_out;
-    for (i64 h = 0; h < l.num_qo_heads; ++h) std::copy_n(plain.begin() + h * d, d, run.unweighted_out.begin() + (h * queries + i) * d);
+    for (i64 h = 0; h < l.num_qo_heads; ++h)
+      std::copy_n(plain.begin() + h * d, d, run.unweighted_out.begin() + (h * queries + i) * d);
   }
   if (!weighted) run.unweighted_out.clear();
 }
@@ -99,7 +103,8 @@ Roles roles_of(const Cell& cell, ReplayPhase phase) {
   Roles roles;
   if (phase != ReplayPhase::evict && cell.select) roles.select = &*cell.select;
   if (phase != ReplayPhase::prefill && cell.evict) roles.evict = &*cell.evict;
-  if (cell.allocate && !(cell.evict && phase == ReplayPhase::prefill)) roles.allocate = &*cell.allocate;  // beside evict it is evict's
+  if (cell.allocate && !(cell.evict && phase == ReplayPhase::prefill))
+    roles.allocate = &*cell.allocate;  // beside evict it is evict's
   return roles;
 }
 
@@ -135,8 +140,8 @@ i64 cut_of(const TraceInfo& info, const std::string& cut) {
   if (cut == "before_question") {
     const auto question = info.segment("question");
     if (!question)
-      throw lacuna::Error(Problem{"cut = before_question needs a question in the trace", "a segment named question", "none", info.path,
-                                  "use cut = \"end\" or a token count"});
+      throw lacuna::Error(Problem{"cut = before_question needs a question in the trace", "a segment named question",
+                                  "none", info.path, "use cut = \"end\" or a token count"});
     return question->begin;
   }
   i64 at = -1;
@@ -145,14 +150,17 @@ i64 cut_of(const TraceInfo& info, const std::string& cut) {
   } catch (const std::exception&) {
   }
   if (at < 1 || at > info.prefill_tokens)
-    throw lacuna::Error(Problem{"a cut outside the prompt", "end, before_question or 1.." + std::to_string(info.prefill_tokens), cut, info.path, "change cut"});
+    throw lacuna::Error(Problem{"a cut outside the prompt",
+                                "end, before_question or 1.." + std::to_string(info.prefill_tokens), cut, info.path,
+                                "change cut"});
   return at;
 }
 
 std::string why_skipped(const Cell& cell, ReplayPhase phase) {
   const auto has = [](const std::optional<Resolved>& role, Phases p) { return role && role->type->in_phase(p); };
   // Beside an evict role the allocator is that one's.
-  if (cell.allocate && !cell.evict && cell.select && phase != ReplayPhase::evict && !has(cell.allocate, phase == ReplayPhase::prefill ? kPrefill : kDecode))
+  if (cell.allocate && !cell.evict && cell.select && phase != ReplayPhase::evict &&
+      !has(cell.allocate, phase == ReplayPhase::prefill ? kPrefill : kDecode))
     return "'" + cell.allocate->type->name() + "' does not allocate in " + name_of(phase);
   switch (phase) {
     case ReplayPhase::prefill:
@@ -163,7 +171,8 @@ std::string why_skipped(const Cell& cell, ReplayPhase phase) {
       if (cell.select) return "no evict role";
       return has(cell.allocate, kEvict) ? "" : "no evict role";
     case ReplayPhase::decode:
-      if (cell.select) return has(cell.select, kDecode) ? "" : "'" + cell.select->type->name() + "' does not select in decode";
+      if (cell.select)
+        return has(cell.select, kDecode) ? "" : "'" + cell.select->type->name() + "' does not select in decode";
       return cell.evict && cell.evict->type->entry().attended ? "" : "nothing of it acts in decode";
   }
   return "";
@@ -181,7 +190,8 @@ std::string why_skipped(const Cell& cell, ReplayPhase phase, const TraceInfo& in
   return reason;
 }
 
-PhaseRun run_phase(LayerReplay& layer, const TraceInfo& info, const Cell& cell, ReplayPhase phase, PhaseQueries queries, const PhaseOptions& options) {
+PhaseRun run_phase(LayerReplay& layer, const TraceInfo& info, const Cell& cell, ReplayPhase phase, PhaseQueries queries,
+                   const PhaseOptions& options) {
   PhaseRun run;
   const auto [begin, end] = queries;
   const Layer& l = layer.layer();
@@ -189,7 +199,8 @@ PhaseRun run_phase(LayerReplay& layer, const TraceInfo& info, const Cell& cell, 
   const Roles roles = roles_of(cell, phase);
   const bool evicts = phase != ReplayPhase::prefill && (cell.evict || (cell.allocate && !cell.select));
   const i64 cut = evicts ? cut_of(info, cut_parameter(cell)) : begin;
-  LayerPipeline pipeline(roles, setup, layer.fork(phase == ReplayPhase::prefill ? end : cut), {true, options.keep_scores});
+  LayerPipeline pipeline(roles, setup, layer.fork(phase == ReplayPhase::prefill ? end : cut),
+                         {true, options.keep_scores});
   Collector collect(run, layer, end - begin, options);
 
   Eviction eviction;
@@ -202,7 +213,8 @@ PhaseRun run_phase(LayerReplay& layer, const TraceInfo& info, const Cell& cell, 
     if (options.on_eviction) options.on_eviction(eviction);
     if (eviction.floor) run.marks.push_back("floor");
     if (eviction.rank_normalised) run.marks.push_back("rank-normalised");
-    if (std::abs(eviction.allocated_mean - static_cast<double>(eviction.mean_tokens)) > 0.01 * static_cast<double>(eviction.mean_tokens))
+    if (std::abs(eviction.allocated_mean - static_cast<double>(eviction.mean_tokens)) >
+        0.01 * static_cast<double>(eviction.mean_tokens))
       run.marks.push_back("off-budget");
   }
 
@@ -230,10 +242,12 @@ PhaseRun run_phase(LayerReplay& layer, const TraceInfo& info, const Cell& cell, 
   run.read_share = static_cast<double>(run.work.pairs) / dense_pairs;
   if (phase == ReplayPhase::evict && eviction.cached_tokens > 0) {
     run.realised_head = run.realised_union = eviction.kept_tokens / eviction.cached_tokens;
-    run.target_share = eviction.limited ? static_cast<double>(eviction.target_tokens * l.num_kv_heads) / eviction.cached_tokens : 0;
+    run.target_share =
+        eviction.limited ? static_cast<double>(eviction.target_tokens * l.num_kv_heads) / eviction.cached_tokens : 0;
     const double over = std::abs(eviction.kept_tokens - static_cast<double>(eviction.target_tokens * l.num_kv_heads));
     const bool free_union = cell.evict && cell.evict->common().gqa == Gqa::union_;
-    if (eviction.limited && !eviction.floor && !free_union && over > std::max(0.01 * eviction.cached_tokens * run.target_share, static_cast<double>(l.num_kv_heads)))
+    if (eviction.limited && !eviction.floor && !free_union &&
+        over > std::max(0.01 * eviction.cached_tokens * run.target_share, static_cast<double>(l.num_kv_heads)))
       run.marks.push_back("off-budget");
   } else if (run.target_share > 0) {
     const BudgetAccount& a = collect.account();

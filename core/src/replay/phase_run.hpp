@@ -15,7 +15,7 @@ struct PhaseRun {
   std::vector<float> unweighted_out;  // where log weights were used
   std::vector<RowSet> sets;           // per (query head, tile), original positions
   sdk::i32 q_tile = 1;
-  std::vector<sdk::i64> kept;         // eviction in one cut: tokens kept before it, per KV head
+  std::vector<sdk::i64> kept;  // eviction in one cut: tokens kept before it, per KV head
   AttentionWork work;
   RowCost cost;
   std::vector<std::string> marks;
@@ -23,8 +23,8 @@ struct PhaseRun {
 };
 
 struct PhaseOptions {
-  bool poison = false;       // queries beyond a call's are NaN (freed cache slots: LayerReplay's own)
-  bool keep_scores = false;  // in what the functions below see
+  bool poison = false;                       // queries beyond a call's are NaN (freed cache slots: LayerReplay's own)
+  bool keep_scores = false;                  // in what the functions below see
   std::function<void(const Step&)> on_step;  // prefill, a read after the cut, or each decode step, in order
   std::function<void(const Eviction&)> on_eviction;  // at the cut
 };
@@ -36,7 +36,8 @@ struct PhaseQueries {
 PhaseQueries phase_queries(const TraceInfo& info, ReplayPhase phase, const std::string& cut);
 
 /// Runs the phase; the contract is always checked. Throws Error.
-PhaseRun run_phase(LayerReplay& layer, const TraceInfo& info, const Cell& cell, ReplayPhase phase, PhaseQueries queries, const PhaseOptions& options);
+PhaseRun run_phase(LayerReplay& layer, const TraceInfo& info, const Cell& cell, ReplayPhase phase, PhaseQueries queries,
+                   const PhaseOptions& options);
 
 /// mass_kept [num_qo_heads, queries]: dense probability over what was read; 1 in a layer with a sliding window.
 std::vector<double> mass_of(LayerReplay& layer, PhaseQueries queries, const PhaseRun& run);

@@ -32,7 +32,8 @@ Reference make_reference(const LayerReplay& layer, ReplayPhase phase, i64 begin,
   Reference r{phase, begin, end, layer.dense_out(begin, end), layer.dense_lse(begin, end), {}};
   if (layer.tensors().wo.present()) {
     r.projected.resize(static_cast<std::size_t>(end - begin));
-    projected_norms(layer.tensors().wo, layer.layer().num_qo_heads, end - begin, layer.layer().head_dim, r.out.data(), nullptr, r.projected.data());
+    projected_norms(layer.tensors().wo, layer.layer().num_qo_heads, end - begin, layer.layer().head_dim, r.out.data(),
+                    nullptr, r.projected.data());
   }
   return r;
 }
@@ -49,7 +50,8 @@ BlockLayout layout_of(const TraceInfo& info, const Reference& ref, i64 min_conte
     for (i64 i = 0; i < ref.queries(); ++i) mask[static_cast<std::size_t>(i)] = ref.begin + i + 1 >= min_context;
     left_out = static_cast<i64>(std::count(mask.begin(), mask.end(), u8{0}));
   }
-  return make_blocks(ref.queries(), ref.phase == ReplayPhase::prefill ? kPrefillBlock : kLaterBlock, borders, answer, std::move(mask));
+  return make_blocks(ref.queries(), ref.phase == ReplayPhase::prefill ? kPrefillBlock : kLaterBlock, borders, answer,
+                     std::move(mask));
 }
 
 /// A finished row that still waits for its regret.
@@ -65,8 +67,14 @@ struct Pending {
 /// Everything that is replayed on one layer.
 class LayerRun {
  public:
-  LayerRun(const Trace& trace, int layer, const std::vector<Cell>& cells, const ReplayOptions& options, ReplayResult& result)
-      : trace_(trace), info_(trace.info()), cells_(cells), options_(options), result_(result), layer_(trace, layer, options.page_size, options.check) {}
+  LayerRun(const Trace& trace, int layer, const std::vector<Cell>& cells, const ReplayOptions& options,
+           ReplayResult& result)
+      : trace_(trace),
+        info_(trace.info()),
+        cells_(cells),
+        options_(options),
+        result_(result),
+        layer_(trace, layer, options.page_size, options.check) {}
 
   void run() {
     if (options_.phases.count(ReplayPhase::prefill)) phase(ReplayPhase::prefill, "");
@@ -95,7 +103,8 @@ class LayerRun {
     for (std::size_t i = 0; i < cells_.size(); ++i) {
       if (options_.stop && options_.stop()) break;
       const Cell& cell = cells_[i];
-      if (!why_skipped(cell, phase, info_).empty() || (phase == ReplayPhase::evict && cut_parameter(cell) != cut)) continue;
+      if (!why_skipped(cell, phase, info_).empty() || (phase == ReplayPhase::evict && cut_parameter(cell) != cut))
+        continue;
       Row row = start_row(phase, static_cast<int>(i));
       row.nominal = cell.density(phase);
       try {
@@ -132,7 +141,8 @@ class LayerRun {
     const std::vector<float> out = layer_.dense_out(begin, ref.end), lse = layer_.dense_lse(begin, ref.end);
     std::vector<double> exact_out(out.size()), exact_lse(lse.size());
     attend_fp64(layer_.dense_attention(begin, ref.end), exact_out.data(), exact_lse.data(), nullptr);
-    const std::vector<float> truth_out(exact_out.begin(), exact_out.end()), truth_lse(exact_lse.begin(), exact_lse.end());
+    const std::vector<float> truth_out(exact_out.begin(), exact_out.end()),
+        truth_lse(exact_lse.begin(), exact_lse.end());
     std::vector<float> rounded(out.size());
     std::transform(out.begin(), out.end(), rounded.begin(), [](float x) { return from_bf16(to_bf16(x)); });
     const std::vector<double> all(lse.size(), 1.0), none(lse.size(), 0.0);
@@ -177,7 +187,8 @@ class LayerRun {
 
     const std::optional<double> density = cell.density(ref.phase);
     row.min_context = ref.phase == ReplayPhase::prefill
-                          ? options_.min_context.value_or(default_min_context(density.value_or(options_.default_density), info_.prefill_tokens))
+                          ? options_.min_context.value_or(
+                                default_min_context(density.value_or(options_.default_density), info_.prefill_tokens))
                           : 0;
     i64 left_out = 0;
     Pending p;

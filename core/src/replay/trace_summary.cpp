@@ -78,7 +78,8 @@ LayerSummary summarize_layer(const Trace& trace, int layer_index) {
   const Layer layer = info.layer(layer_index);
   const LayerTensors tensors = trace.layer(layer_index);
   const i64 n = info.prefill_tokens, tiles = (n + kQueries - 1) / kQueries;
-  const auto pool = std::make_shared<PagePool>(cpu_device(), kPage, layer.head_dim, tensors.k.dtype, layer.num_kv_heads * ((n + kPage - 1) / kPage), false);
+  const auto pool = std::make_shared<PagePool>(cpu_device(), kPage, layer.head_dim, tensors.k.dtype,
+                                               layer.num_kv_heads * ((n + kPage - 1) / kPage), false);
   KvCache cache(pool, layer.num_kv_heads, n);
   cache.append(tensors.k.data, tensors.v.data, tensors.k.dtype, info.tokens() * layer.head_dim, n, 0);
   const Paged kv = cache.view();
@@ -92,7 +93,8 @@ LayerSummary summarize_layer(const Trace& trace, int layer_index) {
     for (i64 task = 0; task < layer.num_qo_heads * tiles; ++task) {
       const i32 head = static_cast<i32>(task % layer.num_qo_heads);
       const i64 begin = task / layer.num_qo_heads * kQueries;
-      of_task[static_cast<std::size_t>(task)] = summarize(tile, kv, q, layer, {0, begin, std::min(begin + kQueries, n), head, 1, head / layer.group()});
+      of_task[static_cast<std::size_t>(task)] =
+          summarize(tile, kv, q, layer, {0, begin, std::min(begin + kQueries, n), head, 1, head / layer.group()});
     }
   }
   Sums all;

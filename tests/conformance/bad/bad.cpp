@@ -13,7 +13,8 @@ Info info_of(const char* name, i32 phases) {
 }
 
 /// Marks, for every row, what `row_of(row)` says.
-template <class F> void mark_rows(Selection& s, F row_of) {
+template <class F>
+void mark_rows(Selection& s, F row_of) {
   for (i64 row = 0; row < s.rows.count(); ++row) row_of(row, s.tokens + row * s.token_capacity, s.token_count[row]);
 }
 
@@ -25,7 +26,8 @@ i64 visible(const Context& c, const Rows& rows, i64 row) {
 struct ForeignIndex : Strategy {
   static Info info() { return info_of("bad_index", kPrefill | kDecode); }
   void mark(Context& c, const Budget&, Selection& s) override {
-    mark_rows(s, [&](i64 row, i32* tokens, i32& count) { tokens[0] = static_cast<i32>(visible(c, s.rows, row)), count = 1; });
+    mark_rows(
+        s, [&](i64 row, i32* tokens, i32& count) { tokens[0] = static_cast<i32>(visible(c, s.rows, row)), count = 1; });
   }
 };
 
@@ -126,12 +128,14 @@ struct StaleSide : Strategy {
     filled_ = true;
     const auto first = c.side<float>("first");
     for (i32 row = 0; row < dirty.rows; ++row)
-      for (i64 u = dirty.begin[row]; u < dirty.end[row]; ++u) first.at(row, u) = 1.f + std::fabs(c.kv().key(row, u * 4, 0));
+      for (i64 u = dirty.begin[row]; u < dirty.end[row]; ++u)
+        first.at(row, u) = 1.f + std::fabs(c.kv().key(row, u * 4, 0));
   }
   void score(Context& c, Scores& s) override {
     const auto first = c.side<float>("first");
     for (i64 row = 0; row < s.rows.count(); ++row)
-      for (i64 u = 0; u < s.units; ++u) s.value[row * s.stride + u] = first.at(s.rows.kv_row(row, c.layer().num_kv_heads), u);
+      for (i64 u = 0; u < s.units; ++u)
+        s.value[row * s.stride + u] = first.at(s.rows.kv_row(row, c.layer().num_kv_heads), u);
   }
 
  private:
@@ -217,6 +221,7 @@ struct ThrowsInLayers : Strategy {
 };
 }  // namespace
 
-LACUNA_PLUGIN(ForeignIndex, Duplicate, NanScore, OverBudget, ReadsBeyond, Restless, HiddenSeed, NotDense, NotNested, StaleSide, ForeignRefined,
-              Generous, GenerousLayers, KeepsForeign, ThrowsInPlan, ThrowsInScore, ThrowsInMark, ThrowsInIndex, ThrowsInRefine, ThrowsInRetain,
-              ThrowsInAttended, ThrowsInRows, ThrowsInLayers)
+LACUNA_PLUGIN(ForeignIndex, Duplicate, NanScore, OverBudget, ReadsBeyond, Restless, HiddenSeed, NotDense, NotNested,
+              StaleSide, ForeignRefined, Generous, GenerousLayers, KeepsForeign, ThrowsInPlan, ThrowsInScore,
+              ThrowsInMark, ThrowsInIndex, ThrowsInRefine, ThrowsInRetain, ThrowsInAttended, ThrowsInRows,
+              ThrowsInLayers)

@@ -13,7 +13,7 @@ namespace lacuna {
 /// Probabilities agree with CpuOps within 1e-4 of themselves: 16-bit queries and keys of one type are multiplied on the
 /// tensor cores, exact products summed in fp32, and in fp64 where their norms allow a logit above 64; any other mix of
 /// types is summed in fp64 throughout. topk takes what CpuOps takes, and topp too but for sums that differ from the
-/// threshold by less than rounding. Head sizes up to 256.
+/// threshold by less than rounding; its rows have at most 2^20 values. Head sizes up to 256.
 /// Costs are upper bounds, since lengths and counts are not read back: every row counts as the longest one, every value
 /// row of topk, topp and pool as full.
 class CudaOps final : public sdk::Ops {

@@ -9,19 +9,19 @@ namespace lacuna {
 
 struct Eviction {
   std::vector<std::vector<sdk::i32>> kept;  // slots before compaction, per KV head, ascending
-  sdk::i64 target_tokens = 0;               // of a KV head in this layer before allocate_rows; the cached tokens when unlimited
-  sdk::i64 mean_tokens = 0;                 // uniform target over the model's layers
-  double allocated_mean = 0;                // mean over the model's layers that allocate_layers gave
+  sdk::i64 target_tokens = 0;  // of a KV head in this layer before allocate_rows; the cached tokens when unlimited
+  sdk::i64 mean_tokens = 0;    // uniform target over the model's layers
+  double allocated_mean = 0;   // mean over the model's layers that allocate_layers gave
   double kept_tokens = 0, cached_tokens = 0;  // summed over KV heads
   bool limited = false, floor = false, rank_normalised = false;
-  std::vector<float> scores;                // with keep_scores: [rows, cached] after reduction
+  std::vector<float> scores;  // with keep_scores: [rows, cached] after reduction
   sdk::i64 scores_rows = 0;
 };
 
-/// Decides what each KV head keeps (the cache is not touched yet; apply with cache.retain(kept)). `strategy` may be null when the
-/// allocator alone decides by rules. `capacity` >= 0: the target fixed at an earlier cut (eviction while decoding), else the
-/// budget applies to what is cached. Throws lacuna::Error.
-Eviction decide_eviction(StrategyRuntime* strategy, StrategyRuntime* allocator, KvCache& cache, const LayerSetup& setup, const CallSpan& span,
-                         sdk::i64 capacity, const ChooseOptions& options);
+/// Decides what each KV head keeps (the cache is not touched yet; apply with cache.retain(kept)). `strategy` may be
+/// null when the allocator alone decides by rules. `capacity` >= 0: the target fixed at an earlier cut (eviction while
+/// decoding), else the budget applies to what is cached. Throws lacuna::Error.
+Eviction decide_eviction(StrategyRuntime* strategy, StrategyRuntime* allocator, KvCache& cache, const LayerSetup& setup,
+                         const CallSpan& span, sdk::i64 capacity, const ChooseOptions& options);
 
 }  // namespace lacuna

@@ -1,5 +1,5 @@
-// A cell's strategies on one layer of one sequence, step by step. Replay and the model runner drive the same object; they
-// differ only in where Q, K and V come from.
+// A cell's strategies on one layer of one sequence, step by step. Replay and the model runner drive the same object;
+// they differ only in where Q, K and V come from.
 #pragma once
 
 #include <memory>
@@ -17,8 +17,8 @@ struct Roles {
 };
 
 struct Step {
-  std::vector<float> out;  // [num_qo_heads, queries, head_dim]
-  std::vector<float> lse;  // [num_qo_heads, queries]
+  std::vector<float> out;             // [num_qo_heads, queries, head_dim]
+  std::vector<float> lse;             // [num_qo_heads, queries]
   std::vector<float> unweighted_out;  // the same set read without its log weights; empty where it has none
   Choice choice;
   /// choice.sets in original positions: what a cache that never evicted would call them.
@@ -33,13 +33,15 @@ class LayerPipeline {
 
   /// Select and attend for the prompt, which is all that is cached.
   Step prefill();
-  /// Tells the evict strategy of the dense prefill pass over what is cached: out, lse [num_qo_heads, queries(, head_dim)].
+  /// Tells the evict strategy of the dense prefill pass over what is cached: out, lse [num_qo_heads, queries(,
+  /// head_dim)].
   void observe_prefill(const float* out, const float* lse);
   /// Evicts once, after the prompt up to here; later calls of step() evict again when the strategy asks for it.
   Eviction evict_at_cut();
   /// Appends the tokens [begin, begin + n) of the source to the cache.
   void append(sdk::i64 begin, sdk::i64 n);
-  /// Queries [begin, end), already appended: dense over what is cached (no selection, no eviction): later queries in bulk.
+  /// Queries [begin, end), already appended: dense over what is cached (no selection, no eviction): later queries in
+  /// bulk.
   Step read_cached(sdk::i64 begin, sdk::i64 end);
   /// Appends token `position` and runs one decode step: select, attend, attended, and eviction if it is due.
   Step step(sdk::i64 position, sdk::i64 step);

@@ -1,5 +1,5 @@
-// One strategy at work on one layer of one sequence: its instance, plan, states and sides, and the services that its roles
-// are called with.
+// One strategy at work on one layer of one sequence: its instance, plan, states and sides, and the services that its
+// roles are called with.
 #pragma once
 
 #include <map>
@@ -39,15 +39,15 @@ struct LayerSetup {
   KvSource kv;
   const Rope* rope = nullptr;  // for positions = compacted
   std::uint64_t seed = 0;
-  bool check = false;        // poison: queries after a call's own are NaN
-  sdk::i64 max_tokens = 0;   // longest the sequence gets
+  bool check = false;       // poison: queries after a call's own are NaN
+  sdk::i64 max_tokens = 0;  // longest the sequence gets
 };
 
 /// The queries of one call.
 struct CallSpan {
   sdk::Phase phase;
-  sdk::i64 step;                // -1 in prefill
-  sdk::i64 begin, end;          // positions of the current queries
+  sdk::i64 step;        // -1 in prefill
+  sdk::i64 begin, end;  // positions of the current queries
 };
 
 class StrategyRuntime {
@@ -89,7 +89,8 @@ class StrategyRuntime {
 
  private:
   class Services;
-  template <class F> void call(KvCache& cache, const CallSpan& span, F f);
+  template <class F>
+  void call(KvCache& cache, const CallSpan& span, F f);
   void check_plan() const;
 
   LayerSetup setup_;

@@ -13,7 +13,8 @@ class OwnedSelection {
  public:
   OwnedSelection() = default;
   /// All rows empty, room as given.
-  OwnedSelection(const sdk::Rows& rows, sdk::i32 kv_block, sdk::i64 piece_capacity, sdk::i64 token_capacity, bool weighted);
+  OwnedSelection(const sdk::Rows& rows, sdk::i32 kv_block, sdk::i64 piece_capacity, sdk::i64 token_capacity,
+                 bool weighted);
   OwnedSelection(OwnedSelection&&) = default;
   OwnedSelection& operator=(OwnedSelection&&) = default;
   sdk::Selection& view() { return view_; }
@@ -32,20 +33,21 @@ struct BudgetAccount {
   double union_pairs = 0;     // union over each GQA group, per KV head
   double visible_pairs = 0;   // of all query heads
   double union_visible = 0;   // of all KV heads
-  double slack_pairs = 0;     // by how much an exact ranking may miss its target: one unit a row, and what causality cuts off listed units
-  bool floor = false;         // the forced units exceed the target
+  double slack_pairs =
+      0;  // by how much an exact ranking may miss its target: one unit a row, and what causality cuts off listed units
+  bool floor = false;  // the forced units exceed the target
 
   void add(const BudgetAccount& other);
 };
 
 struct Choice {
   OwnedSelection selection;
-  std::vector<RowSet> sets;          // [num_qo_heads * tiles], slots of the cache
+  std::vector<RowSet> sets;  // [num_qo_heads * tiles], slots of the cache
   sdk::i32 q_tile = 1, tiles = 1;
-  bool rank_normalised = false;      // an allocator compared heads whose scores are not comparable
+  bool rank_normalised = false;  // an allocator compared heads whose scores are not comparable
   BudgetAccount budget;
-  double touched_tokens = 0;         // distinct (KV head, slot) fetched, summed over tiles: union over the group
-  std::vector<float> scores;         // with `keep_scores`: [rows, stride] as ranked (after reduction)
+  double touched_tokens = 0;  // distinct (KV head, slot) fetched, summed over tiles: union over the group
+  std::vector<float> scores;  // with `keep_scores`: [rows, stride] as ranked (after reduction)
   sdk::i64 scores_stride = 0;
 };
 
@@ -55,10 +57,10 @@ struct ChooseOptions {
   sdk::i64 score_floats = sdk::i64{16} << 20;  // scores held at once; more tiles go in ranges
 };
 
-/// Chooses for the current queries of `span`, whose keys are the newest of the cache. `allocator` may be null. Sides must be up to
-/// date. Throws lacuna::Error for a breach of contract or a strategy's own failure.
-Choice choose(StrategyRuntime& strategy, StrategyRuntime* allocator, KvCache& cache, const LayerSetup& setup, const CallSpan& span,
-              const ChooseOptions& options);
+/// Chooses for the current queries of `span`, whose keys are the newest of the cache. `allocator` may be null. Sides
+/// must be up to date. Throws lacuna::Error for a breach of contract or a strategy's own failure.
+Choice choose(StrategyRuntime& strategy, StrategyRuntime* allocator, KvCache& cache, const LayerSetup& setup,
+              const CallSpan& span, const ChooseOptions& options);
 
 /// The same result as a strategy that reads everything (layers that a scenario keeps dense).
 Choice choose_everything(const KvCache& cache, const LayerSetup& setup, const CallSpan& span, sdk::i32 q_tile);

@@ -10,13 +10,15 @@
 namespace lacuna {
 
 struct Finding {
-  std::string strategy, rule;  // rule: "contract", "poison", "determinism", "dense point", "nested", "awkward shape", ...
+  std::string strategy,
+      rule;  // rule: "contract", "poison", "determinism", "dense point", "nested", "awkward shape", ...
   bool passed = false;
   std::string detail;  // what was found where, or why the rule does not apply
 };
 
-/// Runs every rule on one strategy over generated traces: GQA 1, 3, 7, 8; d 64, 128, 256; one token, odd lengths; every phase it declares,
-/// several budgets. `registry` supplies bases for wrappers and scorers for allocators. Never throws for the strategy's faults.
+/// Runs every rule on one strategy over generated traces: GQA 1, 3, 7, 8; d 64, 128, 256; one token, odd lengths; every
+/// phase it declares, several budgets. `registry` supplies bases for wrappers and scorers for allocators. Never throws
+/// for the strategy's faults.
 std::vector<Finding> check_strategy(const Registry& registry, const StrategyType& type);
 
 }  // namespace lacuna

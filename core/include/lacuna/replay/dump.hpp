@@ -17,8 +17,8 @@ struct DumpOptions {
   sdk::i32 page_size = 16;
 };
 
-/// Writes the safetensors file `path` (atomically). Tensors, rows and metadata: docs/dump.md. Throws Error for a cell without a role in the
-/// phase, a strategy's failure, or a file that cannot be written.
+/// Writes the safetensors file `path` (atomically). Tensors, rows and metadata: docs/dump.md. Throws Error for a cell
+/// without a role in the phase, a strategy's failure, or a file that cannot be written.
 void dump(const Trace& trace, const Cell& cell, const DumpOptions& options, const std::string& path);
 
 }  // namespace lacuna

@@ -11,12 +11,13 @@ namespace lacuna {
 
 struct ReplayOptions {
   std::set<ReplayPhase> phases;
-  bool check = false;                            // poison what a strategy may not read (its contract is always checked)
+  bool check = false;  // poison what a strategy may not read (its contract is always checked)
   sdk::i32 page_size = 16;
-  std::optional<std::int64_t> min_context;       // visible tokens that a compared prefill query needs; default min(32 / density, half the prompt)
-  double default_density = 1;                    // for the default of min_context where a method has no density: the study's smallest
-  std::function<void(const Row&)> on_row;        // progress: called once per finished row
-  std::function<bool()> stop;                    // asked between cells; true ends the replay early
+  std::optional<std::int64_t>
+      min_context;  // visible tokens that a compared prefill query needs; default min(32 / density, half the prompt)
+  double default_density = 1;  // for the default of min_context where a method has no density: the study's smallest
+  std::function<void(const Row&)> on_row;  // progress: called once per finished row
+  std::function<bool()> stop;              // asked between cells; true ends the replay early
 };
 
 /// A cell that has nothing to do in a phase, and why.
@@ -27,8 +28,8 @@ struct Skip {
 };
 
 struct ReplayResult {
-  std::vector<Row> rows;   // by layer, phase, cell
-  std::vector<Skip> skips; // per (cell, phase), the same for every layer
+  std::vector<Row> rows;    // by layer, phase, cell
+  std::vector<Skip> skips;  // per (cell, phase), the same for every layer
 };
 
 /// A strategy that fails makes its own row "failed"; the others go on. Throws Error for a bad trace or layer.
@@ -37,8 +38,8 @@ ReplayResult replay(const Trace& trace, const std::vector<Cell>& cells, const Re
 /// The cell's cut as text: "end", "before_question" or a number.
 std::string cut_parameter(const Cell& cell);
 
-/// The token that a cut parameter means: "before_question", "end" (of the prompt) or a number. Throws Error when the trace has
-/// no question or the number is not inside the prompt.
+/// The token that a cut parameter means: "before_question", "end" (of the prompt) or a number. Throws Error when the
+/// trace has no question or the number is not inside the prompt.
 std::int64_t cut_of(const TraceInfo& info, const std::string& cut);
 
 /// The default of ReplayOptions::min_context at a density.

@@ -1,6 +1,6 @@
 // What a strategy is given in every call: facts about the call, the core's services, and the loops that run on either
-// backend. `Services` and `Oracle`-like powers are core-owned tables; `Context` is the strategy's own, inline view of them:
-// it turns error codes into exceptions inside the plug-in, so that none crosses the boundary.
+// backend. `Services` and `Oracle`-like powers are core-owned tables; `Context` is the strategy's own, inline view of
+// them: it turns error codes into exceptions inside the plug-in, so that none crosses the boundary.
 #pragma once
 
 #include <stdexcept>
@@ -29,35 +29,41 @@ struct Call {
   void* stream;  // cudaStream_t, or null on the CPU
 };
 
-/// The fused operations. Every pointer is device memory iff Call::on_device; nothing synchronises; results do not depend
-/// on the number of threads. Head-major arrays [heads, stride]. All return 0, or fill Error.
+/// The fused operations. Every pointer is device memory iff Call::on_device; nothing synchronises; results do not
+/// depend on the number of threads. Head-major arrays [heads, stride]. All return 0, or fill Error.
 class Ops {
  public:
   /// Softmax of each query over every cached key at or before its position, accumulated over the queries by `reduce`
   /// (mean divides by q.count). columns [seqs * q.heads, stride]: per slot; diagonals likewise per offset
   /// query position - key position, or null. Slots past the visible ones get 0. fp32.
-  virtual i32 window_mass(const Queries& q, Reduce reduce, float* columns, float* diagonals, i64 stride, Error*) noexcept = 0;
+  virtual i32 window_mass(const Queries& q, Reduce reduce, float* columns, float* diagonals, i64 stride,
+                          Error*) noexcept = 0;
   /// columns[seqs * num_qo_heads, stride] += sum over queries of exp(logit - lse) over the cells that attention read.
   virtual i32 read_mass(const Attended& attended, float* columns, i64 stride, Error*) noexcept = 0;
-  /// out [seqs * num_kv_heads, stride] = reduce over each group's rows of in [seqs * num_qo_heads, stride], first n columns.
+  /// out [seqs * num_kv_heads, stride] = reduce over each group's rows of in [seqs * num_qo_heads, stride], first n
+  /// columns.
   virtual i32 group_reduce(const float* in, float* out, i64 n, i64 stride, Reduce reduce, Error*) noexcept = 0;
   /// 1-D pooling over positions, stride 1, padding kernel / 2: max pads with -inf, mean counts the zero padding.
   /// Row r has count[r] elements; in and out may not alias.
-  virtual i32 pool(const float* in, float* out, i32 rows, const i32* count, i64 stride, i32 kernel, Reduce reduce, Error*) noexcept = 0;
+  virtual i32 pool(const float* in, float* out, i32 rows, const i32* count, i64 stride, i32 kernel, Reduce reduce,
+                   Error*) noexcept = 0;
   /// The k[r] largest of the first n[r] values of each row, ties to the lower index, -inf never taken.
   /// out [rows, out_stride] ascending, out_count [rows].
-  virtual i32 topk(const float* values, i32 rows, i64 stride, const i32* n, const i32* k, i32* out, i32* out_count, i64 out_stride, Error*) noexcept = 0;
+  virtual i32 topk(const float* values, i32 rows, i64 stride, const i32* n, const i32* k, i32* out, i32* out_count,
+                   i64 out_stride, Error*) noexcept = 0;
   /// The shortest descending prefix of each row (ties to the lower index) whose sum reaches p times the row's sum, the
   /// crossing element included; at most k[r] elements where k is not null. out ascending.
-  virtual i32 topp(const float* values, i32 rows, i64 stride, const i32* n, const i32* k, double p, i32* out, i32* out_count, i64 out_stride, Error*) noexcept = 0;
-  /// Mean key of every `block` consecutive slots: out [kv.rows, blocks, head_dim], blocks = ceil(kv.max_length / block).
-  /// full_divisor: a partial last block divides by `block` (zero padding counted), else by its tokens.
+  virtual i32 topp(const float* values, i32 rows, i64 stride, const i32* n, const i32* k, double p, i32* out,
+                   i32* out_count, i64 out_stride, Error*) noexcept = 0;
+  /// Mean key of every `block` consecutive slots: out [kv.rows, blocks, head_dim], blocks = ceil(kv.max_length /
+  /// block). full_divisor: a partial last block divides by `block` (zero padding counted), else by its tokens.
   virtual i32 mean_keys(i32 block, i32 full_divisor, float* out, Error*) noexcept = 0;
   /// Mean query of every `tile` consecutive queries: out [seqs * q.heads, tiles, head_dim].
   virtual i32 mean_queries(const Queries& q, i32 tile, i32 full_divisor, float* out, Error*) noexcept = 0;
-  /// XAttention's estimate (Xu et al. 2025): within strides of `stride` tokens the reversed queries against the keys, over
-  /// sqrt(head_dim) * stride, causal softmax over key groups, summed over the groups of a (query tile, key block) pair and
-  /// divided by the tile's groups, so that a row sums to at most 1. out.rows per query head, q_tile == unit_tokens.
+  /// XAttention's estimate (Xu et al. 2025): within strides of `stride` tokens the reversed queries against the keys,
+  /// over sqrt(head_dim) * stride, causal softmax over key groups, summed over the groups of a (query tile, key block)
+  /// pair and divided by the tile's groups, so that a row sums to at most 1. out.rows per query head, q_tile ==
+  /// unit_tokens.
   virtual i32 antidiagonal_mass(const Queries& q, i32 stride, Scores& out, Error*) noexcept = 0;
 
  protected:
@@ -82,14 +88,28 @@ class Services {
   ~Services() = default;
 };
 
-template <class T> struct dtype_of;
-template <> struct dtype_of<float> { static constexpr Dtype value = Dtype::f32; };
-template <> struct dtype_of<i32> { static constexpr Dtype value = Dtype::i32; };
-template <> struct dtype_of<u16> { static constexpr Dtype value = Dtype::u16; };
-template <> struct dtype_of<u8> { static constexpr Dtype value = Dtype::u8; };
+template <class T>
+struct dtype_of;
+template <>
+struct dtype_of<float> {
+  static constexpr Dtype value = Dtype::f32;
+};
+template <>
+struct dtype_of<i32> {
+  static constexpr Dtype value = Dtype::i32;
+};
+template <>
+struct dtype_of<u16> {
+  static constexpr Dtype value = Dtype::u16;
+};
+template <>
+struct dtype_of<u8> {
+  static constexpr Dtype value = Dtype::u8;
+};
 
 /// Side data of one kind, ready for a lambda: element e of unit u of KV row r.
-template <class T> struct SideView {
+template <class T>
+struct SideView {
   T* data;
   i64 row_stride, unit_stride;
   LACUNA_HD T& at(i64 row, i64 unit, i64 e = 0) const { return data[row * row_stride + unit * unit_stride + e]; }
@@ -113,19 +133,22 @@ class Context {
   Queries seen_queries() { return queries(Span::seen, 0); }
 
   /// This strategy's array beside the KV pages, declared in plan().
-  template <class T> SideView<T> side(const char* name) {
+  template <class T>
+  SideView<T> side(const char* name) {
     const Array a = array(ArrayKind::side, name, 0);
     check_dtype(a, dtype_of<T>::value, name);
     return {static_cast<T*>(a.data), a.stride[0], a.stride[1]};
   }
   /// This strategy's array per (sequence, layer), declared in plan(): [seqs, elements].
-  template <class T> T* state(const char* name) {
+  template <class T>
+  T* state(const char* name) {
     const Array a = array(ArrayKind::state, name, 0);
     check_dtype(a, dtype_of<T>::value, name);
     return static_cast<T*>(a.data);
   }
   /// n elements, zero-filled, until the end of the call, out of Plan::workspace_bytes (256-byte aligned).
-  template <class T> T* workspace(i64 n) {
+  template <class T>
+  T* workspace(i64 n) {
     return static_cast<T*>(array(ArrayKind::workspace, "workspace", n * static_cast<i64>(sizeof(T))).data);
   }
 
@@ -145,7 +168,8 @@ class Context {
   void topk(const float* v, i32 rows, i64 stride, const i32* n, const i32* k, i32* out, i32* count, i64 out_stride) {
     run([&](Error* e) { return ops().topk(v, rows, stride, n, k, out, count, out_stride, e); });
   }
-  void topp(const float* v, i32 rows, i64 stride, const i32* n, const i32* k, double p, i32* out, i32* count, i64 out_stride) {
+  void topp(const float* v, i32 rows, i64 stride, const i32* n, const i32* k, double p, i32* out, i32* count,
+            i64 out_stride) {
     run([&](Error* e) { return ops().topp(v, rows, stride, n, k, p, out, count, out_stride, e); });
   }
   void mean_keys(i32 block, bool full_divisor, float* out) {
@@ -158,8 +182,8 @@ class Context {
     run([&](Error* e) { return ops().antidiagonal_mass(q, stride, out, e); });
   }
 
-  /// True softmax mass of every unit, summed over the row's queries (eviction: over the queries still to come). Only for
-  /// strategies that declare `clairvoyant`.
+  /// True softmax mass of every unit, summed over the row's queries (eviction: over the queries still to come). Only
+  /// for strategies that declare `clairvoyant`.
   void oracle_mass(Scores& out) {
     run([&](Error* e) { return services_.oracle_mass(&out, e); });
   }
@@ -170,9 +194,10 @@ class Context {
   /// Work of loops over the arrays below (the fused operations charge themselves).
   void charge(double bytes, double flops) { services_.charge(bytes, flops); }
 
-  /// f(i) for i in [0, n): OpenMP threads on the CPU, the call's stream on a device. f is a `[=] LACUNA_HD (i64 i)` lambda
-  /// that writes to places that no other i touches, so the result is the same on any number of threads.
-  template <class F> void for_each(i64 n, F f);
+  /// f(i) for i in [0, n): OpenMP threads on the CPU, the call's stream on a device. f is a `[=] LACUNA_HD (i64 i)`
+  /// lambda that writes to places that no other i touches, so the result is the same on any number of threads.
+  template <class F>
+  void for_each(i64 n, F f);
 
  private:
   Ops& ops() { return services_.ops(); }
@@ -187,9 +212,11 @@ class Context {
     return out;
   }
   static void check_dtype(const Array& a, Dtype expected, const char* name) {
-    if (a.dtype != expected) throw Failure(std::string("array '") + name + "' has another element type than it is read as");
+    if (a.dtype != expected)
+      throw Failure(std::string("array '") + name + "' has another element type than it is read as");
   }
-  template <class F> static void run(F f) {
+  template <class F>
+  static void run(F f) {
     Error error{};
     if (f(&error) != 0) throw Failure(error.text);
   }
@@ -200,13 +227,17 @@ class Context {
 
 #if defined(__CUDACC__)
 namespace detail {
-template <class F> __global__ void for_each_kernel(i64 n, F f) {
-  for (i64 i = blockIdx.x * static_cast<i64>(blockDim.x) + threadIdx.x; i < n; i += static_cast<i64>(gridDim.x) * blockDim.x) f(i);
+template <class F>
+__global__ void for_each_kernel(i64 n, F f) {
+  for (i64 i = blockIdx.x * static_cast<i64>(blockDim.x) + threadIdx.x; i < n;
+       i += static_cast<i64>(gridDim.x) * blockDim.x)
+    f(i);
 }
 }  // namespace detail
 #endif
 
-template <class F> void Context::for_each(i64 n, F f) {
+template <class F>
+void Context::for_each(i64 n, F f) {
   if (n <= 0) return;
 #if defined(__CUDACC__)
   if (call_.on_device) {

@@ -15,8 +15,8 @@
 
 namespace lacuna::sdk {
 
-/// One parameter as the core sees it. `type`: int | float | bool | string | ints | classes | strategy. `range`: "lo..hi" for numbers,
-/// "a|b|c" for strings, or empty.
+/// One parameter as the core sees it. `type`: int | float | bool | string | ints | classes | strategy. `range`:
+/// "lo..hi" for numbers, "a|b|c" for strings, or empty.
 struct Param {
   const char *name, *doc, *type, *default_value, *range;
   i32 is_budget_knob;
@@ -66,21 +66,32 @@ inline std::string to_json(const Classes& v) {
 }
 inline std::string to_json(const Base&) { return "null"; }
 
-template <class T> constexpr const char* type_name() {
-  if constexpr (std::is_same_v<T, bool>) return "bool";
-  else if constexpr (std::is_integral_v<T>) return "int";
-  else if constexpr (std::is_floating_point_v<T>) return "float";
-  else if constexpr (std::is_same_v<T, std::string>) return "string";
-  else if constexpr (std::is_same_v<T, Ints>) return "ints";
-  else if constexpr (std::is_same_v<T, Classes>) return "classes";
-  else return "strategy";
+template <class T>
+constexpr const char* type_name() {
+  if constexpr (std::is_same_v<T, bool>)
+    return "bool";
+  else if constexpr (std::is_integral_v<T>)
+    return "int";
+  else if constexpr (std::is_floating_point_v<T>)
+    return "float";
+  else if constexpr (std::is_same_v<T, std::string>)
+    return "string";
+  else if constexpr (std::is_same_v<T, Ints>)
+    return "ints";
+  else if constexpr (std::is_same_v<T, Classes>)
+    return "classes";
+  else
+    return "strategy";
 }
 
-/// Splits one flat JSON object written by the core (no escapes, no nesting but lists and class tables) into its members.
+/// Splits one flat JSON object written by the core (no escapes, no nesting but lists and class tables) into its
+/// members.
 inline std::map<std::string, std::string> json_members(const char* text) {
   std::map<std::string, std::string> out;
   const char* p = text;
-  auto skip = [&] { while (*p == ' ' || *p == ',' || *p == '\n') ++p; };
+  auto skip = [&] {
+    while (*p == ' ' || *p == ',' || *p == '\n') ++p;
+  };
   if (*p != '{') throw Failure("resolved parameters are not a JSON object");
   for (++p, skip(); *p && *p != '}'; skip()) {
     const char* begin = ++p;
@@ -108,7 +119,8 @@ inline Ints parse_ints(const std::string& s) {
       char* end;
       out.push_back(static_cast<i32>(std::strtol(p, &end, 10)));
       p = end;
-    } else ++p;
+    } else
+      ++p;
   }
   return out;
 }
@@ -124,21 +136,25 @@ inline void parse(const std::string& s, std::string& v) { v = s.size() >= 2 ? s.
 inline void parse(const std::string& s, Ints& v) { v = parse_ints(s); }
 inline void parse(const std::string& s, Classes& v) {
   v.clear();
-  for (const auto& [layer, heads] : json_members(s.c_str())) v[static_cast<i32>(std::strtol(layer.c_str(), nullptr, 10))] = parse_ints(heads);
+  for (const auto& [layer, heads] : json_members(s.c_str()))
+    v[static_cast<i32>(std::strtol(layer.c_str(), nullptr, 10))] = parse_ints(heads);
 }
 inline void parse(const std::string&, Base&) {}
 
 }  // namespace detail
 
 /// Declares the members of a parameter struct. Defaults are the struct's own initialisers.
-template <class P> class Schema {
+template <class P>
+class Schema {
  public:
   /// A number: `range` is "lo..hi" (either end may be empty). A string: `range` lists the choices, "a|b|c".
-  template <class T> Schema& field(const char* name, T P::*member, const char* doc, const char* range = "") {
+  template <class T>
+  Schema& field(const char* name, T P::*member, const char* doc, const char* range = "") {
     return add(name, member, doc, range, 0);
   }
   /// A number that may stand in for a budget (`calibrate` bisects it).
-  template <class T> Schema& knob(const char* name, T P::*member, const char* doc, const char* range = "") {
+  template <class T>
+  Schema& knob(const char* name, T P::*member, const char* doc, const char* range = "") {
     return add(name, member, doc, range, 1);
   }
 
@@ -150,7 +166,8 @@ template <class P> class Schema {
   std::vector<Field> fields;
 
  private:
-  template <class T> Schema& add(const char* name, T P::*member, const char* doc, const char* range, i32 knob) {
+  template <class T>
+  Schema& add(const char* name, T P::*member, const char* doc, const char* range, i32 knob) {
     fields.push_back({name, doc, detail::type_name<T>(), detail::to_json(P{}.*member), range, knob,
                       [member](P& p, const std::string& s) { detail::parse(s, p.*member); }});
     return *this;

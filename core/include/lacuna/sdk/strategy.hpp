@@ -25,7 +25,8 @@ inline constexpr const char* kCxxRuntime = "libstdc++-old";
 /// what it can be used for. A ranking method implements score(); an explicit one mark() (select) or retain() (evict).
 /// Order of calls per layer and phase:
 ///   index -> score -> (core: reduce by gqa) -> allocate_rows -> (core: force, top-k | top-p) | mark -> refine ->
-///   (core: attend) -> attended -> (evict due?) score(evict) -> allocate_rows -> retain | (core: top-k) -> compaction -> index
+///   (core: attend) -> attended -> (evict due?) score(evict) -> allocate_rows -> retain | (core: top-k) -> compaction
+///   -> index
 class Strategy {
  public:
   /// Host, once per shape: unit, tile, forced units, sides, states, workspace.
@@ -56,20 +57,21 @@ enum Phases : i32 { kPrefill = 1, kDecode = 2, kEvict = 4 };
 /// What a strategy says about itself. Texts are static.
 struct Info {
   const char* name;
-  const char* summary;       // one line
-  const char* paper;         // reference, or "-"
-  const char* rule;          // pseudocode
-  i32 phases;                // Phases in which the roles may be used
-  const char* defaults = "{}";     // JSON: defaults of the common parameters, where they differ (gqa, dense_layers, sinks, recent)
-  const char* presets = "{}";      // JSON: name -> {parameter: value}
-  const char* dense_point = "";    // JSON {parameter: value, "density": x}: where it equals dense; "" if nowhere
-  i32 clairvoyant = 0;       // may ask for the true mass
-  i32 stochastic = 0;        // depends on the seed
-  i32 query_aware = 0;       // eviction: scores depend on the last queries
+  const char* summary;  // one line
+  const char* paper;    // reference, or "-"
+  const char* rule;     // pseudocode
+  i32 phases;           // Phases in which the roles may be used
+  const char* defaults =
+      "{}";  // JSON: defaults of the common parameters, where they differ (gqa, dense_layers, sinks, recent)
+  const char* presets = "{}";       // JSON: name -> {parameter: value}
+  const char* dense_point = "";     // JSON {parameter: value, "density": x}: where it equals dense; "" if nowhere
+  i32 clairvoyant = 0;              // may ask for the true mass
+  i32 stochastic = 0;               // depends on the seed
+  i32 query_aware = 0;              // eviction: scores depend on the last queries
   i32 comparable_across_heads = 0;  // scores of different heads of a layer may be compared
-  i32 nested = 0;            // a larger budget's set contains a smaller one's
-  i32 takes_budget = 1;      // 0: only its own parameters (or a budget knob)
-  i32 wrapper = 0;           // needs base = {...}
+  i32 nested = 0;                   // a larger budget's set contains a smaller one's
+  i32 takes_budget = 1;             // 0: only its own parameters (or a budget knob)
+  i32 wrapper = 0;                  // needs base = {...}
 };
 
 /// The table that crosses the boundary. A role that the class does not override is null.
@@ -108,7 +110,8 @@ inline void fill(Error* error, const char* text) {
   std::snprintf(error->text, sizeof error->text, "%s", text);
 }
 
-template <class F> i32 guarded(Error* error, F f) noexcept {
+template <class F>
+i32 guarded(Error* error, F f) noexcept {
   try {
     f();
     return 0;
@@ -120,12 +123,19 @@ template <class F> i32 guarded(Error* error, F f) noexcept {
   return 1;
 }
 
-template <class T, class = void> struct params_of { struct type {}; };
-template <class T> struct params_of<T, std::void_t<typename T::Params>> { using type = typename T::Params; };
+template <class T, class = void>
+struct params_of {
+  struct type {};
+};
+template <class T>
+struct params_of<T, std::void_t<typename T::Params>> {
+  using type = typename T::Params;
+};
 
-/// Builds the static table of strategy class T. Hidden, since otherwise two libraries that name a class alike would share its
-/// statics (STB_GNU_UNIQUE ignores RTLD_LOCAL).
-template <class T> class __attribute__((visibility("hidden"))) EntryFor {
+/// Builds the static table of strategy class T. Hidden, since otherwise two libraries that name a class alike would
+/// share its statics (STB_GNU_UNIQUE ignores RTLD_LOCAL).
+template <class T>
+class __attribute__((visibility("hidden"))) EntryFor {
   using P = typename params_of<T>::type;
   static const Schema<P>& schema() {
     static const Schema<P> s = [] {
@@ -163,34 +173,51 @@ template <class T> class __attribute__((visibility("hidden"))) EntryFor {
     static const std::vector<Param> params = [] {
       std::vector<Param> out;
       for (const auto& f : schema().fields)
-        out.push_back({f.name.c_str(), f.doc.c_str(), f.type.c_str(), f.default_value.c_str(), f.range.c_str(), f.is_budget_knob});
+        out.push_back({f.name.c_str(), f.doc.c_str(), f.type.c_str(), f.default_value.c_str(), f.range.c_str(),
+                       f.is_budget_knob});
       return out;
     }();
     static const Entry entry = [] {
       const Info info = T::info();
       Entry e{};
       e.bytes = sizeof(Entry);
-      e.name = info.name; e.summary = info.summary; e.paper = info.paper; e.rule = info.rule;
-      e.defaults = info.defaults; e.presets = info.presets; e.dense_point = info.dense_point;
-      e.phases = info.phases; e.clairvoyant = info.clairvoyant; e.stochastic = info.stochastic;
-      e.query_aware = info.query_aware; e.comparable_across_heads = info.comparable_across_heads;
-      e.nested = info.nested; e.takes_budget = info.takes_budget; e.wrapper = info.wrapper;
+      e.name = info.name;
+      e.summary = info.summary;
+      e.paper = info.paper;
+      e.rule = info.rule;
+      e.defaults = info.defaults;
+      e.presets = info.presets;
+      e.dense_point = info.dense_point;
+      e.phases = info.phases;
+      e.clairvoyant = info.clairvoyant;
+      e.stochastic = info.stochastic;
+      e.query_aware = info.query_aware;
+      e.comparable_across_heads = info.comparable_across_heads;
+      e.nested = info.nested;
+      e.takes_budget = info.takes_budget;
+      e.wrapper = info.wrapper;
       e.params = params.data();
       e.num_params = static_cast<i32>(params.size());
       e.create = &EntryFor::create;
       e.destroy = [](Strategy* s) { delete s; };
-#define LACUNA_ROLE(role, arguments, call)                                                              \
-  if constexpr (!std::is_same_v<decltype(&T::role), decltype(&Strategy::role)>)                         \
-    e.role = [] arguments -> i32 { return guarded(error, [&] { Context c(*services); s->role call; }); };
-      LACUNA_ROLE(plan, (Strategy* s, Services* services, Plan* x, Error* error), (c, *x))
-      LACUNA_ROLE(index, (Strategy* s, Services* services, const Dirty* x, Error* error), (c, *x))
-      LACUNA_ROLE(score, (Strategy* s, Services* services, Scores* x, Error* error), (c, *x))
-      LACUNA_ROLE(mark, (Strategy* s, Services* services, const Budget* b, Selection* x, Error* error), (c, *b, *x))
-      LACUNA_ROLE(refine, (Strategy* s, Services* services, const Budget* b, Selection* x, Error* error), (c, *b, *x))
-      LACUNA_ROLE(allocate_layers, (Strategy* s, Services* services, LayerBudget* x, Error* error), (c, *x))
-      LACUNA_ROLE(allocate_rows, (Strategy* s, Services* services, const Scores* v, Budget* x, Error* error), (c, v, *x))
-      LACUNA_ROLE(retain, (Strategy* s, Services* services, const Budget* b, Kept* x, Error* error), (c, *b, *x))
-      LACUNA_ROLE(attended, (Strategy* s, Services* services, const Attended* x, Error* error), (c, *x))
+#define LACUNA_ROLE(role, arguments, call)                                      \
+  if constexpr (!std::is_same_v<decltype(&T::role), decltype(&Strategy::role)>) \
+    e.role = [] arguments -> i32 {                                              \
+      return guarded(error, [&] {                                               \
+        Context c(*services);                                                   \
+        s->role call;                                                           \
+      });                                                                       \
+    };
+      LACUNA_ROLE(plan, (Strategy * s, Services * services, Plan * x, Error * error), (c, *x))
+      LACUNA_ROLE(index, (Strategy * s, Services * services, const Dirty* x, Error* error), (c, *x))
+      LACUNA_ROLE(score, (Strategy * s, Services * services, Scores * x, Error * error), (c, *x))
+      LACUNA_ROLE(mark, (Strategy * s, Services * services, const Budget* b, Selection* x, Error* error), (c, *b, *x))
+      LACUNA_ROLE(refine, (Strategy * s, Services * services, const Budget* b, Selection* x, Error* error), (c, *b, *x))
+      LACUNA_ROLE(allocate_layers, (Strategy * s, Services * services, LayerBudget * x, Error * error), (c, *x))
+      LACUNA_ROLE(allocate_rows, (Strategy * s, Services * services, const Scores* v, Budget* x, Error* error),
+                  (c, v, *x))
+      LACUNA_ROLE(retain, (Strategy * s, Services * services, const Budget* b, Kept* x, Error* error), (c, *b, *x))
+      LACUNA_ROLE(attended, (Strategy * s, Services * services, const Attended* x, Error* error), (c, *x))
 #undef LACUNA_ROLE
       return e;
     }();
@@ -202,18 +229,24 @@ template <class T> class __attribute__((visibility("hidden"))) EntryFor {
 }  // namespace lacuna::sdk
 
 /// Exports the given strategy classes from this library; once per library, at namespace scope.
-#define LACUNA_PLUGIN(...)                                                                                          \
-  namespace lacuna_plugin_detail {                                                                                  \
-  template <class... T> struct Table {                                                                              \
-    static const ::lacuna::sdk::Descriptor* get() {                                                                 \
-      static const ::lacuna::sdk::Entry* const entries[] = {::lacuna::sdk::detail::EntryFor<T>::get()...};          \
-      static const ::lacuna::sdk::Descriptor descriptor = {                                                         \
-          ::lacuna::sdk::kMagic, ::lacuna::sdk::kAbiMajor, ::lacuna::sdk::kAbiMinor,                                \
-          sizeof(::lacuna::sdk::Descriptor), sizeof(::lacuna::sdk::Entry), ::lacuna::sdk::kCxxRuntime,              \
-          ::lacuna::sdk::kSdkVersion, entries, sizeof...(T)};                                                       \
-      return &descriptor;                                                                                           \
-    }                                                                                                               \
-  };                                                                                                                \
-  const ::lacuna::sdk::Descriptor descriptor = *Table<__VA_ARGS__>::get();                                          \
-  }                                                                                                                 \
+#define LACUNA_PLUGIN(...)                                                                                 \
+  namespace lacuna_plugin_detail {                                                                         \
+  template <class... T>                                                                                    \
+  struct Table {                                                                                           \
+    static const ::lacuna::sdk::Descriptor* get() {                                                        \
+      static const ::lacuna::sdk::Entry* const entries[] = {::lacuna::sdk::detail::EntryFor<T>::get()...}; \
+      static const ::lacuna::sdk::Descriptor descriptor = {::lacuna::sdk::kMagic,                          \
+                                                           ::lacuna::sdk::kAbiMajor,                       \
+                                                           ::lacuna::sdk::kAbiMinor,                       \
+                                                           sizeof(::lacuna::sdk::Descriptor),              \
+                                                           sizeof(::lacuna::sdk::Entry),                   \
+                                                           ::lacuna::sdk::kCxxRuntime,                     \
+                                                           ::lacuna::sdk::kSdkVersion,                     \
+                                                           entries,                                        \
+                                                           sizeof...(T)};                                  \
+      return &descriptor;                                                                                  \
+    }                                                                                                      \
+  };                                                                                                       \
+  const ::lacuna::sdk::Descriptor descriptor = *Table<__VA_ARGS__>::get();                                 \
+  }                                                                                                        \
   BOOST_DLL_ALIAS(lacuna_plugin_detail::descriptor, lacuna_plugin)

@@ -40,9 +40,7 @@ enum class Gqa : i32 { none, mean, max, sum, union_ };
 
 enum class Reduce : i32 { sum, mean, max };
 
-LACUNA_HD inline i64 size_of(Dtype t) {
-  return t == Dtype::f32 || t == Dtype::i32 ? 4 : t == Dtype::u8 ? 1 : 2;
-}
+LACUNA_HD inline i64 size_of(Dtype t) { return t == Dtype::f32 || t == Dtype::i32 ? 4 : t == Dtype::u8 ? 1 : 2; }
 
 LACUNA_HD inline float float_of_bits(u32 bits) {
   float f;
@@ -141,7 +139,10 @@ struct Paged {
     i32 lo = 0, hi = length[row];
     while (lo < hi) {
       const i32 mid = (lo + hi) / 2;
-      if (position_of(row, mid) <= at) lo = mid + 1; else hi = mid;
+      if (position_of(row, mid) <= at)
+        lo = mid + 1;
+      else
+        hi = mid;
     }
     return lo;
   }
@@ -162,7 +163,8 @@ struct Queries {
 };
 
 /// The rows of a score, budget or selection: (sequence, head, query tile). The core may call by ranges of tiles;
-/// tile t holds the queries [t * q_tile, min((t + 1) * q_tile, num_queries)) of the call. Decode and eviction: one tile.
+/// tile t holds the queries [t * q_tile, min((t + 1) * q_tile, num_queries)) of the call. Decode and eviction: one
+/// tile.
 struct Rows {
   i32 seqs, heads, tile_begin, tiles, q_tile;
   i32 per_query_head;  // 1: heads are query heads; 0: KV heads
@@ -191,23 +193,23 @@ struct Rows {
 struct Scores {
   Rows rows;
   float* value;
-  i64 stride;        // elements between rows, >= units
-  i32 units;         // candidate units a row at most (host-known)
+  i64 stride;  // elements between rows, >= units
+  i32 units;   // candidate units a row at most (host-known)
   i32 unit_tokens;
-  i64 budget_tokens; // mean target of a row in tokens before allocation; -1: no budget was given
+  i64 budget_tokens;  // mean target of a row in tokens before allocation; -1: no budget was given
 };
 
 /// Target of each row. In prefill a row's target is `pairs` (query, key) pairs, `tokens` is its K_t; in decode and
 /// eviction both count tokens. An allocator may move pairs between rows; the core checks the sum.
 struct Budget {
   Rows rows;
-  i64* tokens;      // [rows]
-  i64* pairs;       // [rows]
-  i32* rule;        // [rows] Rule
+  i64* tokens;         // [rows]
+  i64* pairs;          // [rows]
+  i32* rule;           // [rows] Rule
   i32* window_sinks;   // [rows] for Rule::window
   i32* window_recent;  // [rows] for Rule::window
-  i32 limited;      // 0: no budget was given, the method uses its own count or threshold
-  i32 sinks, recent; // tokens that the scenario or the rule forces, inside the target
+  i32 limited;         // 0: no budget was given, the method uses its own count or threshold
+  i32 sinks, recent;   // tokens that the scenario or the rule forces, inside the target
 };
 
 /// The set that each row reads, as a union; a token listed twice is read and charged once. Indices are slots.
@@ -215,10 +217,11 @@ struct Selection {
   Rows rows;
   i32 kv_block;                        // tokens of a piece; 0 when there are none
   i32 piece_capacity, token_capacity;  // a row's room, fixed by plan()
-  i32 *piece_count, *pieces;           // [rows], [rows, piece_capacity]: first slot of kv_block consecutive ones, aligned or not
-  i32 *token_count, *tokens;           // [rows], [rows, token_capacity]
-  i32 *exact_sinks, *exact_window;     // [rows] besides: cells with slot < sinks, or query slot - slot < window, cut exactly
-  i32* full;                           // [rows] 1: every visible cell, whatever else is listed
+  i32 *piece_count, *pieces;  // [rows], [rows, piece_capacity]: first slot of kv_block consecutive ones, aligned or not
+  i32 *token_count, *tokens;  // [rows], [rows, token_capacity]
+  i32 *exact_sinks,
+      *exact_window;  // [rows] besides: cells with slot < sinks, or query slot - slot < window, cut exactly
+  i32* full;          // [rows] 1: every visible cell, whatever else is listed
   float *piece_log_weight, *token_log_weight;  // null, or added to the logits (importance sampling)
 };
 
@@ -275,21 +278,21 @@ struct State {
 
 /// Filled by plan() once per shape. The core sets the defaults shown; sinks and recent come from the parameters.
 struct Plan {
-  i32 q_tile;            // prefill query tile; 1 in decode whatever is set here
-  i32 unit_tokens;       // tokens of a ranked unit; kv_block of the pieces
+  i32 q_tile;       // prefill query tile; 1 in decode whatever is set here
+  i32 unit_tokens;  // tokens of a ranked unit; kv_block of the pieces
   ScoreKind score_kind;
-  i32 per_query_head;    // 1: score() fills query-head rows and the core reduces by gqa; 0: KV-head rows
-  i32 sinks, recent;     // forced tokens
+  i32 per_query_head;           // 1: score() fills query-head rows and the core reduces by gqa; 0: KV-head rows
+  i32 sinks, recent;            // forced tokens
   i32 first_units, last_units;  // forced units: the first ones, and the diagonal's or current one and those before it
-  i32 min_units;         // least units of a row, forced ones included
+  i32 min_units;                // least units of a row, forced ones included
   i64 max_pieces, max_tokens;   // a row's room in explicit selections; -1: as many as there can be
-  i32 weighted;          // 1: mark() or refine() writes log weights
-  i32 evict_every;       // 0: once at the cut; n: also every n decode steps
-  double threshold;      // top-p of score kind mass when no budget is given; < 0: none
-  i64 default_units;     // ranked units when no budget is given (forced ones included); < 0: none
-  i64 workspace_bytes;   // what workspace() may carve in one call
-  i64 max_cached;        // in: longest cache in tokens that this run will see
-  i64 budget_tokens;     // in: target tokens of a row if set directly, else -1
+  i32 weighted;                 // 1: mark() or refine() writes log weights
+  i32 evict_every;              // 0: once at the cut; n: also every n decode steps
+  double threshold;             // top-p of score kind mass when no budget is given; < 0: none
+  i64 default_units;            // ranked units when no budget is given (forced ones included); < 0: none
+  i64 workspace_bytes;          // what workspace() may carve in one call, alignment not counted; at most 64 arrays
+  i64 max_cached;               // in: longest cache in tokens that this run will see
+  i64 budget_tokens;            // in: target tokens of a row if set directly, else -1
   i32 num_sides, num_states;
   Side sides[8];
   State states[8];

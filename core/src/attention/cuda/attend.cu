@@ -21,7 +21,6 @@ namespace {
 
 constexpr i64 kListBytes = i64{512} << 20;  // of key lists at a time: some thousands of rows at 32K tokens
 constexpr i64 kLeastSplitKeys = 256;        // fewer would be mostly prologue
-constexpr i64 kMostSplits = 128;
 constexpr std::size_t kAlignment = 256;
 
 /// Hands out the workspace; with a null base it only counts.

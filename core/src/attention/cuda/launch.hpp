@@ -31,8 +31,10 @@ constexpr i32 kGenericTileRows = 4;
 constexpr i32 kGenericMostHeadDim = 1024;
 void launch_generic(const Job& job, i64 blocks, cudaStream_t stream);
 
-/// Merges `splits` parts of [rows, head_dim] and [rows] results, in their order. Query i of `queries` goes to row
-/// first_query + i of out_queries.
+constexpr i64 kMostSplits = 128;
+
+/// Merges `splits` <= kMostSplits parts of [rows, head_dim] and [rows] results, in their order. Query i of `queries`
+/// goes to row first_query + i of out_queries.
 struct MergeJob {
   const float *part_out, *part_lse;
   i32 splits, head_dim;

@@ -38,7 +38,7 @@ __device__ void group_products(const Tile<kType>& tile, const Mass& m, const Gro
   for (int n = 0; n < kKeyTiles; ++n)
 #pragma unroll
     for (int e = 0; e < 4; ++e) x[n][e] = 0;
-  const i64 length = m.kv.length[t.kv_row];
+  const i64 length = m.kv.length[t.kv_row], first_query = m.query_element(t.kv_row * m.group, 0);
   for (int r = 0; r < g.stride; ++r) {
     tile.load_keys(m.kv, m.keys, t.kv_row, [&](int j) {
       const i64 slot = (begin + j) * g.stride + r;
@@ -46,8 +46,8 @@ __device__ void group_products(const Tile<kType>& tile, const Mass& m, const Gro
     });
     tile.load_strip(m.queries, [&](int i) {
       const int row = t.row + warp_id() * kStrip + i, h = row / g.per_tile;
-      const i64 query = t.query_begin + static_cast<i64>(row % g.per_tile) * g.stride + g.stride - 1 - r;
-      return h < m.group && query < m.count ? m.query_element(t.kv_row * m.group + h, query) : -1;
+      const i64 query = t.query_begin + (row - h * g.per_tile) * g.stride + g.stride - 1 - r;
+      return h < m.group && query < m.count ? first_query + h * m.q.head_stride + query * m.q.row_stride : -1;
     });
     T residue[kKeyTiles][4];
     products(tile, residue);
@@ -62,13 +62,12 @@ __device__ void group_products(const Tile<kType>& tile, const Mass& m, const Gro
 __device__ float tile_norm(const Mass& m, const GroupTile& t, i64 queries, float* scratch) {
   float most = 0;
   for (i64 n = threadIdx.x; n < m.group * queries; n += kThreads) {
-    const float norm = m.query_norm[(t.kv_row * m.group + n / queries) * m.count + t.query_begin + n % queries];
-    if (!(norm <= most)) most = norm;
+    const i64 head = t.kv_row * m.group + n / queries;
+    most = larger_norm(most, m.query_norm[head * m.count + t.query_begin + n % queries]);
   }
   scratch[threadIdx.x] = most;
   __syncthreads();
-  for (int n = 0; n < kThreads; ++n)
-    if (!(scratch[n] <= most)) most = scratch[n];
+  for (int n = 0; n < kThreads; ++n) most = larger_norm(most, scratch[n]);
   __syncthreads();
   return most;
 }
@@ -122,10 +121,8 @@ __global__ void __launch_bounds__(kThreads) antidiagonal_kernel(Mass m, Groups g
     if constexpr (kType != Dtype::f32) {
       float key_norm = 0;
       const i64 end = min(((begin + kKeys) * g.stride - 1) / kKeys + 1, m.key_blocks());
-      for (i64 b = begin * g.stride / kKeys; b < end; ++b) {
-        const float norm = m.key_norm[t.kv_row * m.key_blocks() + b];
-        if (!(norm <= key_norm)) key_norm = norm;
-      }
+      for (i64 b = begin * g.stride / kKeys; b < end; ++b)
+        key_norm = larger_norm(key_norm, m.key_norm[t.kv_row * m.key_blocks() + b]);
       if (!is_wide(query_norm, key_norm)) {
         float x[kKeyTiles][4];
         group_products(tile, m, g, t, begin, x);

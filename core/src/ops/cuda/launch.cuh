@@ -47,6 +47,13 @@ void launch(const char* op, cudaStream_t stream, void (*kernel)(Parameters...), 
   check(cudaGetLastError(), op);
 }
 
+/// Element of a cached key's first channel.
+__device__ inline i64 key_element(const sdk::Paged& kv, i64 row, i32 slot) {
+  const i32 page = slot / kv.page_size;  // 32-bit divisions are several times cheaper
+  return (static_cast<i64>(kv.table[row * kv.max_pages + page]) * kv.page_size + (slot - page * kv.page_size)) *
+         kv.head_dim;
+}
+
 /// Hands out the workspace from its start.
 class Carver {
  public:

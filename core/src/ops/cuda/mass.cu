@@ -9,47 +9,53 @@ namespace lacuna::cuda {
 namespace {
 
 constexpr i64 kWantedBlocks = 1024;  // enough to fill a GPU several times
-constexpr int kRowsABlock = 8;       // warps of the kernels that take a row a warp
 
 __global__ void seen_kernel(sdk::Paged kv, i64 first_position, i64 positions, i32* seen) {
   const i64 n = blockIdx.x * static_cast<i64>(blockDim.x) + threadIdx.x;
   if (n < kv.rows * positions) seen[n] = kv.visible(n / positions, first_position + n % positions);
 }
 
-// Norm of the row at an element, by a warp.
+// Norm of the row at an element, by a thread.
+template <Dtype kType>
 __device__ float row_norm(const Source& from, i64 element) {
   float sum = 0;
-  for (int c = lane_id(); c < from.head_dim; c += 32) {
-    const float x = sdk::load(from.data, from.dtype, element + c);
-    sum += x * x;
+#pragma unroll 4
+  for (int c = 0; c < from.head_dim; c += 8) {
+    alignas(16) Store<kType> eight[8];
+    load_eight<kType>(eight, from, element, c);
+    for (const Store<kType> stored : eight) {
+      const float x = static_cast<float>(widened<kType>(stored));
+      sum += x * x;
+    }
   }
-  for (int mask = 16; mask >= 1; mask /= 2) sum += __shfl_xor_sync(~0u, sum, mask);
   return sqrtf(sum);
 }
 
+template <Dtype kType>
 __global__ void query_norm_kernel(Mass m, float scale, float* out) {
-  const i64 row = blockIdx.x * static_cast<i64>(kRowsABlock) + warp_id();
-  if (row >= m.heads() * m.count) return;
-  const float norm = scale * row_norm(m.queries, m.query_element(row / m.count, row % m.count));
-  if (lane_id() == 0) out[row] = norm;
+  const i64 row = blockIdx.x * static_cast<i64>(blockDim.x) + threadIdx.x;
+  if (row < m.heads() * m.count)
+    out[row] = scale * row_norm<kType>(m.queries, m.query_element(row / m.count, row % m.count));
 }
 
+// A warp a block of keys, two keys a thread.
+template <Dtype kType>
 __global__ void key_norm_kernel(Mass m, float* out) {
-  const i64 block = blockIdx.x * static_cast<i64>(kRowsABlock) + warp_id();
+  const i64 block = blockIdx.x * static_cast<i64>(kWarps) + warp_id();
   if (block >= m.kv.rows * m.key_blocks()) return;
   const i64 row = block / m.key_blocks(), begin = block % m.key_blocks() * kKeys;
   const i64 end = min(static_cast<i64>(m.kv.length[row]), begin + kKeys);
   float most = 0;
-  for (i64 s = begin; s < end; ++s) {
-    const float norm = row_norm(m.keys, m.kv.physical(row, s) * m.kv.head_dim);
-    if (!(norm <= most)) most = norm;  // NaN stays
-  }
+  for (i64 s = begin + lane_id(); s < end; s += 32)
+    most = larger_norm(most, row_norm<kType>(m.keys, key_element(m.kv, row, static_cast<i32>(s))));
+  for (int mask = 16; mask >= 1; mask /= 2) most = larger_norm(most, __shfl_xor_sync(~0u, most, mask));
   if (lane_id() == 0) out[block] = most;
 }
 
 // A block: four strips of a KV row (its heads' strips in a row) against `chunk` blocks of keys.
 template <Dtype kType>
-__global__ void __launch_bounds__(kThreads) lse_kernel(Mass m, i64 strips, i64 chunks, i64 chunk, double* out) {
+__global__ void __launch_bounds__(kThreads, kBlocksAnSm)
+    lse_kernel(Mass m, i64 strips, i64 chunks, i64 chunk, double* out) {
   extern __shared__ uint4 shared[];
   const Tile<kType> tile(shared, m.depth);
   const i64 quads = ceil_div<i64>(m.group * strips, kWarps);
@@ -98,7 +104,7 @@ __global__ void merge_lse_kernel(i64 n, i64 chunks, double* lse) {
 // A block owns some whole units of a tile of a KV row's queries (`span` slots: as many units as fit in a block of keys,
 // or one longer one) and goes through the group's heads, so that every sum has one order.
 template <Dtype kType, class Combine>
-__global__ void __launch_bounds__(kThreads)
+__global__ void __launch_bounds__(kThreads, kBlocksAnSm)
     unit_kernel(Mass m, UnitSums out, i64 span, i64 spans, WarpSplit split, Combine combine) {
   extern __shared__ uint4 shared[];
   const Tile<kType> tile(shared, m.depth);
@@ -137,11 +143,12 @@ __global__ void __launch_bounds__(kThreads)
         float p[kKeyTiles][2] = {};
         const float* norm = m.key_norm + kv_row * m.key_blocks();
         const i64 last_key = min(begin + kKeys, end_slot) - 1;
-        with_products(tile, is_wide(strip.norm(m), fmaxf(norm[begin / kKeys], norm[last_key / kKeys])), [&](auto& x) {
-          for_each_probability(
-              x, m.scale, lse, [&](int half, int key) { return begin + key <= slot[half] ? 0.f : -INFINITY; },
-              [&](int, int n, int c, float value) { p[n][c] = combine(p[n][c], value); });
-        });
+        with_products(
+            tile, is_wide(strip.norm(m), larger_norm(norm[begin / kKeys], norm[last_key / kKeys])), [&](auto& x) {
+              for_each_probability(
+                  x, m.scale, lse, [&](int half, int key) { return begin + key <= slot[half] ? 0.f : -INFINITY; },
+                  [&](int, int n, int c, float value) { p[n][c] = combine(p[n][c], value); });
+            });
         const float2 both = combine_queries(p, combine);
         sum[0] = combine(sum[0], static_cast<double>(both.x));
         sum[1] = combine(sum[1], static_cast<double>(both.y));
@@ -218,9 +225,12 @@ void find_norms(Mass& m, float scale, Carver& workspace, cudaStream_t stream, co
   const i64 rows = m.heads() * m.count, blocks = m.kv.rows * m.key_blocks();
   float* query_norm = workspace.take<float>(rows);
   float* key_norm = workspace.take<float>(blocks);
-  launch(op, stream, query_norm_kernel, ceil_div<i64>(rows, kRowsABlock), 32 * kRowsABlock, 0, m, std::abs(scale),
-         query_norm);
-  launch(op, stream, key_norm_kernel, ceil_div<i64>(blocks, kRowsABlock), 32 * kRowsABlock, 0, m, key_norm);
+  with_tile_type(m.q.dtype, m.kv.dtype, [&](auto type) {
+    constexpr Dtype kType = decltype(type)::value;
+    launch(op, stream, query_norm_kernel<kType>, ceil_div<i64>(rows, kThreads), kThreads, 0, m, std::abs(scale),
+           query_norm);
+    launch(op, stream, key_norm_kernel<kType>, ceil_div<i64>(blocks, kWarps), kThreads, 0, m, key_norm);
+  });
   m.query_norm = query_norm;
   m.key_norm = key_norm;
 }

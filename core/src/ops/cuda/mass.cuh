@@ -68,7 +68,8 @@ struct Strip {
 
   template <Dtype kType>
   __device__ void load(const Tile<kType>& tile, const Mass& m) const {
-    tile.load_strip(m.queries, [&](int i) { return i < count ? m.query_element(head, first + i) : -1; });
+    const i64 begin = m.query_element(head, first);
+    tile.load_strip(m.queries, [&](int i) { return i < count ? begin + i * m.q.row_stride : -1; });
   }
   /// Last visible slots of the thread's two queries, -1 where there is no query.
   __device__ void slots(const Mass& m, i64 kv_row, i32 (&out)[2]) const {
@@ -78,7 +79,7 @@ struct Strip {
   __device__ float norm(const Mass& m) const {
     const int lane = lane_id();
     float most = lane < count ? m.query_norm[head * m.count + first + lane] : 0.f;
-    for (int mask = 16; mask >= 1; mask /= 2) most = fmaxf(most, __shfl_xor_sync(~0u, most, mask));
+    for (int mask = 16; mask >= 1; mask /= 2) most = larger_norm(most, __shfl_xor_sync(~0u, most, mask));
     return most;
   }
 };

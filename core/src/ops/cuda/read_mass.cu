@@ -88,7 +88,7 @@ constexpr std::size_t read_bytes(int depth) {
 }
 
 template <Dtype kType>
-__global__ void __launch_bounds__(kThreads)
+__global__ void __launch_bounds__(kThreads, kBlocksAnSm)
     read_kernel(Mass m, Read r, const float* lse, WarpSplit split, double* sums, float* columns, i64 stride) {
   extern __shared__ uint4 shared[];
   const Tile<kType> tile(shared, m.depth);

@@ -21,6 +21,7 @@ constexpr int kKeys = 64;   // of a block
 constexpr int kStrip = 16;  // queries of a warp
 constexpr int kWarps = 4;
 constexpr int kThreads = 32 * kWarps;
+constexpr int kBlocksAnSm = 4;  // that registers should allow: the rest of a block's loads hides behind the others
 constexpr int kKeyTiles = kKeys / 8;
 constexpr int kMaxHeadDim = 256;
 constexpr float kNarrowLogit = 64.f;  // fp32 sums are good enough up to here
@@ -63,6 +64,9 @@ struct Source {
 __device__ inline int lane_id() { return static_cast<int>(threadIdx.x) % 32; }
 __device__ inline int warp_id() { return static_cast<int>(threadIdx.x) / 32; }
 
+/// The larger of two, or NaN.
+__device__ inline float larger_norm(float a, float b) { return b <= a ? a : isnan(a) ? a : b; }
+
 __device__ inline float exp2_fast(float x) {
   float y;
   asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
@@ -90,11 +94,17 @@ __device__ void load_eight(Store<kType>* to, const Source& from, i64 row, int c)
 /// Rows [0, rows) of a tile by `threads` threads; at(row): the row's first element, negative for zeros.
 template <Dtype kType, class At>
 __device__ void load_rows(Store<kType>* to, int rows, int depth, const Source& from, int thread, int threads, At at) {
-  const int eights = depth / 8;
-#pragma unroll 4
-  for (int n = thread; n < rows * eights; n += threads) {
-    const int row = n / eights, c = n % eights * 8;
-    load_eight<kType>(to + row * pitch<kType>(depth) + c, from, at(row), c);
+  const int eights = depth / 8, row_step = threads / eights, step = threads % eights;
+  int row = thread / eights, eight = thread % eights;
+#pragma unroll 8
+  while (row < rows) {
+    load_eight<kType>(to + row * pitch<kType>(depth) + eight * 8, from, at(row), eight * 8);
+    row += row_step;
+    eight += step;
+    if (eight >= eights) {
+      eight -= eights;
+      ++row;
+    }
   }
 }
 
@@ -125,7 +135,7 @@ struct Tile {
     __syncthreads();
     if (threadIdx.x < kKeys) {
       const i64 s = slot(static_cast<int>(threadIdx.x));
-      element[threadIdx.x] = s >= 0 ? kv.physical(row, s) * kv.head_dim : -1;
+      element[threadIdx.x] = s >= 0 ? key_element(kv, row, static_cast<i32>(s)) : -1;
     }
     __syncthreads();
     load_rows<kType>(keys, kKeys, depth, from, static_cast<int>(threadIdx.x), kThreads,

@@ -1,7 +1,8 @@
 // Top-k and top-p of rows without sorting them, a block a row: a radix descent (11 + 11 + 10 bits) finds the value of
 // the last element taken, and one pass in index order writes what is above it and the first of its ties. Top-p descends
 // by sums: values that share their leading eleven bits share the exponent, so their sums are exact in integers and do
-// not depend on the order of the atomics.
+// not depend on the order of the atomics. The mantissas are summed by halves of twelve bits, which 2^20 elements do not
+// overflow.
 #include "lacuna/ops/cuda_ops.hpp"
 #include "launch.cuh"
 #include "ops/guarded.hpp"
@@ -14,6 +15,8 @@ constexpr int kBins = 1 << 11;
 constexpr int kItems = 8;  // elements of a thread between two scans
 constexpr int kFewThreads = 256, kManyThreads = 1024;
 constexpr i64 kShortRow = 4096;  // a row up to here is worth few threads
+constexpr int kHalf = 12;
+constexpr i64 kLongestSum = 1 << 20;
 constexpr u32 kInfinityDigit = 0xff800000u >> 21;
 
 struct Pass {
@@ -43,7 +46,9 @@ __device__ double unit_of(u32 digit) {
 
 struct Shared {
   u32 count[kBins];
-  u64 sum[kBins];
+  u32 low[kBins], high[kBins];  // sums of the mantissas' halves
+
+  __device__ u64 sum(int bin) const { return (static_cast<u64>(high[bin]) << kHalf) + low[bin]; }
   u64 warp_sum[32];
   u32 totals[2][32];
   u32 digit;
@@ -70,14 +75,21 @@ __device__ T exclusive_scan(T value, Shared& s) {
   return before + inclusive - value;
 }
 
-// f(key, digit) for the elements whose digits above the pass are `prefix`.
+// f(key, digit) for the elements whose digits above the pass are `prefix`. Loads first: nothing passes an atomic.
 template <class F>
 __device__ void for_each_digit(const float* x, i32 n, int pass, u32 prefix, F f) {
   const auto [shift, bits] = kPasses[pass];
-#pragma unroll 8
-  for (i32 i = static_cast<i32>(threadIdx.x); i < n; i += static_cast<i32>(blockDim.x)) {
-    const u32 key = key_of(x[i]);
-    if (pass == 0 || key >> (shift + bits) == prefix) f(key, key >> shift & ((1u << bits) - 1));
+  const i32 step = static_cast<i32>(blockDim.x);
+  for (i32 begin = static_cast<i32>(threadIdx.x); begin < n; begin += step * kItems) {
+    float value[kItems];
+#pragma unroll
+    for (int j = 0; j < kItems; ++j) value[j] = begin + j * step < n ? x[begin + j * step] : 0.f;
+#pragma unroll
+    for (int j = 0; j < kItems; ++j) {
+      const u32 key = key_of(value[j]);
+      if (begin + j * step < n && (pass == 0 || key >> (shift + bits) == prefix))
+        f(key, key >> shift & ((1u << bits) - 1));
+    }
   }
 }
 
@@ -85,12 +97,14 @@ __device__ void count_digits(const float* x, i32 n, int pass, u32 prefix, bool s
   __syncthreads();
   for (int b = static_cast<int>(threadIdx.x); b < kBins; b += static_cast<int>(blockDim.x)) {
     s.count[b] = 0;
-    s.sum[b] = 0;
+    s.low[b] = s.high[b] = 0;
   }
   __syncthreads();
   for_each_digit(x, n, pass, prefix, [&](u32 key, u32 digit) {
     atomicAdd(&s.count[digit], 1u);
-    if (sums && key != 0) atomicAdd(reinterpret_cast<unsigned long long*>(&s.sum[digit]), mantissa_of(key));
+    if (!sums || key == 0) return;
+    atomicAdd(&s.low[digit], mantissa_of(key) & ((1u << kHalf) - 1));
+    atomicAdd(&s.high[digit], mantissa_of(key) >> kHalf);
   });
   __syncthreads();
 }
@@ -115,13 +129,14 @@ struct Cut {
   u32 key;
   i32 ties;
 };
+__device__ constexpr Cut kTakeNothing{~0u, 0}, kTakeAll{0, 0};
 
 __device__ Cut find_cut(const float* x, i32 n, i32 k, Shared& s) {
   u32 prefix = 0;
   for (int pass = 0; pass < 3; ++pass) {
     count_digits(x, n, pass, prefix, false, s);
     if (pass == 0) k = min(k, n - static_cast<i32>(s.count[0]));  // digit 0 holds what is never taken, and nothing else
-    if (k <= 0) return {~0u, 0};
+    if (k <= 0) return kTakeNothing;
     descend(k, s);
     prefix = prefix << kPasses[pass].bits | s.digit;
     k = s.wanted;
@@ -184,7 +199,7 @@ __device__ void find_crossing(double p, Shared& s) {
     }
     return false;
   };
-  const auto sum_of = [&](int digit) { return static_cast<double>(s.sum[digit]) * unit_of(static_cast<u32>(digit)); };
+  const auto sum_of = [&](int digit) { return static_cast<double>(s.sum(digit)) * unit_of(static_cast<u32>(digit)); };
   double whole = 0;
   for_each_held([&](int digit) {
     whole += sum_of(digit);
@@ -210,12 +225,18 @@ __device__ void find_crossing(double p, Shared& s) {
   s.target = target;
 }
 
-// Elements of the shortest descending prefix that sums to p of the whole.
-__device__ i32 prefix_length(const float* x, i32 n, double p, Shared& s) {
+struct Prefix {
+  Cut cut;
+  i32 length;
+};
+
+// The shortest descending prefix that sums to p of the whole.
+__device__ Prefix find_prefix(const float* x, i32 n, double p, Shared& s) {
   count_digits(x, n, 0, 0, true, s);
   if (threadIdx.x < 32) find_crossing(p, s);
   __syncthreads();
-  if (s.wanted <= 0) return s.wanted < 0 ? n : 0;
+  if (s.wanted == 0) return {kTakeNothing, 0};
+  if (s.wanted < 0) return {kTakeAll, n};
   const double before = s.before, target = s.target, unit = unit_of(s.digit);
   u32 prefix = s.digit;
   i32 length = s.length;
@@ -227,15 +248,15 @@ __device__ i32 prefix_length(const float* x, i32 n, double p, Shared& s) {
     u64 held = 0;
     u32 elements = 0;
     for (int b = top; b > top - each; --b) {
-      held += s.sum[b];
+      held += s.sum(b);
       elements += s.count[b];
     }
     u64 sum = above + exclusive_scan<u64>(held, s);
     i32 taken = length + static_cast<i32>(exclusive_scan<u32>(elements, s));
     if (!reached(sum) && reached(sum + held)) {
       int b = top;
-      for (; !reached(sum + s.sum[b]); --b) {
-        sum += s.sum[b];
+      for (; !reached(sum + s.sum(b)); --b) {
+        sum += s.sum(b);
         taken += static_cast<i32>(s.count[b]);
       }
       s.digit = static_cast<u32>(b);
@@ -255,7 +276,7 @@ __device__ i32 prefix_length(const float* x, i32 n, double p, Shared& s) {
     else
       ties = middle + 1;
   }
-  return length + ties;
+  return {{prefix, ties}, length + ties};
 }
 
 struct Top {
@@ -273,9 +294,10 @@ __global__ void __launch_bounds__(kManyThreads) top_kernel(Top top) {
   const i64 row = blockIdx.x;
   const float* x = top.values + row * top.stride;
   const i32 n = top.n[row];
-  i32 k = top.k ? top.k[row] : n;
-  if (top.by_sum) k = min(k, prefix_length(x, n, top.p, s));
-  const i32 taken = take(x, n, find_cut(x, n, k, s), top.out + row * top.out_stride, s);
+  const i32 k = top.k ? top.k[row] : n;
+  const Prefix prefix = top.by_sum ? find_prefix(x, n, top.p, s) : Prefix{kTakeAll, n};
+  const Cut cut = top.by_sum && prefix.length <= k ? prefix.cut : find_cut(x, n, k, s);
+  const i32 taken = take(x, n, cut, top.out + row * top.out_stride, s);
   if (threadIdx.x == 0) top.out_count[row] = taken;
 }
 
@@ -297,6 +319,9 @@ sdk::i32 CudaOps::topk(const float* values, sdk::i32 rows, sdk::i64 stride, cons
 sdk::i32 CudaOps::topp(const float* values, sdk::i32 rows, sdk::i64 stride, const sdk::i32* n, const sdk::i32* k,
                        double p, sdk::i32* out, sdk::i32* out_count, sdk::i64 out_stride, sdk::Error* error) noexcept {
   return guarded(error, [&] {
+    if (stride > cuda::kLongestSum)
+      throw Error({"the rows are too long for topp", "at most " + std::to_string(cuda::kLongestSum) + " values",
+                   std::to_string(stride), "topp", ""});
     cuda::launch_top("topp", call_, rows, {values, stride, n, k, true, p, out, out_count, out_stride});
     cost_.bytes += 4. * rows * static_cast<double>(stride + out_stride);
     cost_.flops += 2. * rows * static_cast<double>(stride);

@@ -22,7 +22,7 @@ std::size_t diagonal_bytes(const Mass& m) {
 // A block owns the distances [offset, offset + kDiagonals) of a KV row's heads, and goes through the strips of queries
 // in order; each warp takes some of the heads, each lane some of the distances.
 template <Dtype kType, class Combine>
-__global__ void __launch_bounds__(kThreads)
+__global__ void __launch_bounds__(kThreads, kBlocksAnSm)
     diagonal_kernel(Mass m, i64 ranges, i64 stride, double divisor, float* out, Combine combine) {
   extern __shared__ uint4 shared[];
   const Tile<kType> tile(shared, m.depth);
@@ -56,7 +56,7 @@ __global__ void __launch_bounds__(kThreads)
       for (int half = 0; half < 2; ++half)
         lse[half] = slot[half] >= 0 ? m.lse[strip.head * m.count + first + query_index(half)] : INFINITY;
       const float* norm = m.key_norm + kv_row * m.key_blocks();
-      const bool wide = is_wide(strip.norm(m), fmaxf(norm[begin / kKeys], norm[(end - 1) / kKeys]));
+      const bool wide = is_wide(strip.norm(m), larger_norm(norm[begin / kKeys], norm[(end - 1) / kKeys]));
       with_products(tile, wide, [&](auto& x) {
         for_each_probability(
             x, m.scale, lse, [&](int half, int key) { return begin + key <= slot[half] ? 0.f : -INFINITY; },
