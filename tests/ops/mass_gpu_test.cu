@@ -93,99 +93,115 @@ void check_units(OpsFixture& cpu, GpuFixture& gpu, const sdk::Queries& host, con
   CHECK(first_difference(found, expected) == -1);
 }
 
+void compare_windows(const Shape& s) {
+  CAPTURE(s.name);
+  const Inputs in(s);
+  OpsFixture cpu(in.layer, in.cache.view());
+  GpuFixture gpu(in.layer, in.cache, in.end, s.count);
+  check_window(cpu, gpu, in.queries.q, gpu.put(in.queries), in.end + 10);
+  check_window(cpu, gpu, in.queries.q, gpu.put(in.queries), std::max<i64>(1, s.tokens / 2));  // cut short
+}
+
+void compare_units(const Shape& s) {
+  CAPTURE(s.name);
+  const Inputs in(s);
+  OpsFixture cpu(in.layer, in.cache.view());
+  GpuFixture gpu(in.layer, in.cache, in.end, s.count);
+  const sdk::Queries q = gpu.put(in.queries);
+  for (const bool per_query_head : {true, false})
+    for (const i32 q_tile : {1, 24, 64, 128})
+      for (const i32 unit : {1, 16, 48, 100}) {
+        CAPTURE(per_query_head);
+        CAPTURE(q_tile);
+        CAPTURE(unit);
+        sdk::Rows rows =
+            rows_of(2, per_query_head ? 2 * s.group : 2, per_query_head, q_tile, s.count, in.queries.q.first_position);
+        if (rows.tiles > 3) {
+          rows.tile_begin = rows.tiles - 3;
+          rows.tiles = 2;
+        }
+        check_units(cpu, gpu, in.queries.q, q, rows, unit);
+      }
+}
+
+void compare_reads(const Shape& s) {
+  CAPTURE(s.name);
+  Inputs in(s);
+  const i64 heads = 4 * s.group, stride = s.tokens + 3;
+  OpsFixture cpu(in.layer, in.cache.view());
+  std::vector<float> lse(static_cast<std::size_t>(heads * s.count));
+  for (i64 h = 0; h < heads; ++h)
+    for (i64 i = 0; i < s.count; ++i)
+      lse[static_cast<std::size_t>(h * s.count + i)] =
+          static_cast<float>(lse_of(visible_logits(cpu.call, in.queries.q, h / (2 * s.group), h % (2 * s.group), i)));
+  // Dense, sliding; by KV head; by query head with weights; tiles in two batches.
+  for (const int kind : {0, 1, 2, 3, 4}) {
+    CAPTURE(kind);
+    cpu.call.layer.sliding_window = kind == 1 ? 90 : 0;
+    GpuFixture gpu(cpu.call.layer, in.cache, in.end, s.count);
+    const bool per_query_head = kind >= 3;
+    const sdk::Rows rows =
+        rows_of(2, per_query_head ? 2 * s.group : 2, per_query_head, 20, s.count, in.queries.q.first_position);
+    std::vector<SelectionFixture::Row> content(static_cast<std::size_t>(rows.count()));
+    for (std::size_t n = 0; n < content.size(); ++n) {
+      content[n].pieces = {static_cast<i32>(n), 30, 21, 30};
+      content[n].piece_weight = {0.5f, -0.5f, 0.25f, 3.f};
+      content[n].tokens = {45, 1, 150, 45, 35};
+      content[n].token_weight = {1.f, 2.f, -1.f, 7.f, 5.f};
+      content[n].sinks = static_cast<i32>(n % 3);
+      content[n].window = static_cast<i32>(n % 4) * 10;
+      content[n].full = n % 11 == 7 && kind == 2;
+    }
+    const SelectionFixture selection(rows, 16, content, per_query_head);
+    std::vector<float> columns(static_cast<std::size_t>(heads * stride), 1.f);
+    REQUIRE(cpu.ops.read_mass({kind >= 2 ? &selection.selection : nullptr, in.queries.q, nullptr, lse.data()},
+                              columns.data(), stride, &cpu.error) == 0);
+    const sdk::Selection on_device = gpu.put(selection);
+    const sdk::Attended attended{kind >= 2 ? &on_device : nullptr, gpu.put(in.queries), nullptr, gpu.put(lse)};
+    const auto found = twice(gpu, heads * stride, 1.f, [&](CudaOps& ops, float* out) {
+      REQUIRE(ops.read_mass(attended, out, stride, &gpu.error) == 0);
+    });
+    CHECK(first_difference(found, columns) == -1);
+    if (kind != 4) continue;
+    // The smallest workspace that does: a tile of lists at a time.
+    std::vector<float> start(static_cast<std::size_t>(heads * stride), 1.f);
+    float* out = gpu.put(start);
+    for (std::size_t bytes = 4096;; bytes += 4096) {
+      REQUIRE(bytes <= gpu.workspace_bytes);
+      i32 failed = 0;
+      gpu.run([&](CudaOps& ops) { failed = ops.read_mass(attended, out, stride, &gpu.error); }, bytes);
+      if (failed) {
+        CHECK(std::string(gpu.error.text).find("workspace is too small") != std::string::npos);
+        CHECK(gpu.get(out, heads * stride) == start);
+        continue;
+      }
+      CHECK(first_difference(gpu.get(out, heads * stride), columns) == -1);
+      break;
+    }
+  }
+}
+
 }  // namespace
 
 TEST_CASE("GPU: window_mass equals the CPU's") {
-  for (const Shape& s : kShapes) {
-    CAPTURE(s.name);
-    const Inputs in(s);
-    OpsFixture cpu(in.layer, in.cache.view());
-    GpuFixture gpu(in.layer, in.cache, in.end, s.count);
-    check_window(cpu, gpu, in.queries.q, gpu.put(in.queries), in.end + 10);
-    check_window(cpu, gpu, in.queries.q, gpu.put(in.queries), std::max<i64>(1, s.tokens / 2));  // cut short
-  }
+  for (const Shape& s : kShapes) compare_windows(s);
 }
 
 TEST_CASE("GPU: unit_mass equals the CPU's, for ranges of tiles, query heads and KV heads") {
-  for (const Shape& s : kShapes) {
-    CAPTURE(s.name);
-    const Inputs in(s);
-    OpsFixture cpu(in.layer, in.cache.view());
-    GpuFixture gpu(in.layer, in.cache, in.end, s.count);
-    const sdk::Queries q = gpu.put(in.queries);
-    for (const bool per_query_head : {true, false})
-      for (const i32 q_tile : {1, 24, 64, 128})
-        for (const i32 unit : {1, 16, 48, 100}) {
-          CAPTURE(per_query_head);
-          CAPTURE(q_tile);
-          CAPTURE(unit);
-          sdk::Rows rows = rows_of(2, per_query_head ? 2 * s.group : 2, per_query_head, q_tile, s.count,
-                                   in.queries.q.first_position);
-          if (rows.tiles > 3) {
-            rows.tile_begin = rows.tiles - 3;
-            rows.tiles = 2;
-          }
-          check_units(cpu, gpu, in.queries.q, q, rows, unit);
-        }
-  }
+  for (const Shape& s : kShapes) compare_units(s);
 }
 
 TEST_CASE("GPU: read_mass equals the CPU's: dense, a sliding window, lists with overlaps, weights, sinks and windows") {
-  for (const Shape& s : kShapes) {
-    CAPTURE(s.name);
-    Inputs in(s);
-    const i64 heads = 4 * s.group, stride = s.tokens + 3;
-    OpsFixture cpu(in.layer, in.cache.view());
-    std::vector<float> lse(static_cast<std::size_t>(heads * s.count));
-    for (i64 h = 0; h < heads; ++h)
-      for (i64 i = 0; i < s.count; ++i)
-        lse[static_cast<std::size_t>(h * s.count + i)] =
-            static_cast<float>(lse_of(visible_logits(cpu.call, in.queries.q, h / (2 * s.group), h % (2 * s.group), i)));
-    // Dense, sliding; by KV head; by query head with weights; tiles in two batches.
-    for (const int kind : {0, 1, 2, 3, 4}) {
-      CAPTURE(kind);
-      cpu.call.layer.sliding_window = kind == 1 ? 90 : 0;
-      GpuFixture gpu(cpu.call.layer, in.cache, in.end, s.count);
-      const bool per_query_head = kind >= 3;
-      const sdk::Rows rows =
-          rows_of(2, per_query_head ? 2 * s.group : 2, per_query_head, 20, s.count, in.queries.q.first_position);
-      std::vector<SelectionFixture::Row> content(static_cast<std::size_t>(rows.count()));
-      for (std::size_t n = 0; n < content.size(); ++n) {
-        content[n].pieces = {static_cast<i32>(n), 30, 21, 30};
-        content[n].piece_weight = {0.5f, -0.5f, 0.25f, 3.f};
-        content[n].tokens = {45, 1, 150, 45, 35};
-        content[n].token_weight = {1.f, 2.f, -1.f, 7.f, 5.f};
-        content[n].sinks = static_cast<i32>(n % 3);
-        content[n].window = static_cast<i32>(n % 4) * 10;
-        content[n].full = n % 11 == 7 && kind == 2;
-      }
-      const SelectionFixture selection(rows, 16, content, per_query_head);
-      std::vector<float> columns(static_cast<std::size_t>(heads * stride), 1.f);
-      REQUIRE(cpu.ops.read_mass({kind >= 2 ? &selection.selection : nullptr, in.queries.q, nullptr, lse.data()},
-                                columns.data(), stride, &cpu.error) == 0);
-      const sdk::Selection on_device = gpu.put(selection);
-      const sdk::Attended attended{kind >= 2 ? &on_device : nullptr, gpu.put(in.queries), nullptr, gpu.put(lse)};
-      const auto found = twice(gpu, heads * stride, 1.f, [&](CudaOps& ops, float* out) {
-        REQUIRE(ops.read_mass(attended, out, stride, &gpu.error) == 0);
-      });
-      CHECK(first_difference(found, columns) == -1);
-      if (kind != 4) continue;
-      // The smallest workspace that does: a tile of lists at a time.
-      std::vector<float> start(static_cast<std::size_t>(heads * stride), 1.f);
-      float* out = gpu.put(start);
-      for (std::size_t bytes = 4096;; bytes += 4096) {
-        REQUIRE(bytes <= gpu.workspace_bytes);
-        i32 failed = 0;
-        gpu.run([&](CudaOps& ops) { failed = ops.read_mass(attended, out, stride, &gpu.error); }, bytes);
-        if (failed) {
-          CHECK(std::string(gpu.error.text).find("workspace is too small") != std::string::npos);
-          CHECK(gpu.get(out, heads * stride) == start);
-          continue;
-        }
-        CHECK(first_difference(gpu.get(out, heads * stride), columns) == -1);
-        break;
-      }
-    }
+  for (const Shape& s : kShapes) compare_reads(s);
+}
+
+// Small enough for the sanitizers, with more than one block of everything.
+TEST_CASE("GPU: masses of a small cache") {
+  for (const Shape& s : {Shape{"small", sdk::Dtype::bf16, sdk::Dtype::bf16, 3, 64, 90, 21, 1.f},
+                         Shape{"small, large logits", sdk::Dtype::f16, sdk::Dtype::f16, 2, 16, 70, 5, 40.f}}) {
+    compare_windows(s);
+    compare_units(s);
+    compare_reads(s);
   }
 }
 

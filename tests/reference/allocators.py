@@ -165,6 +165,7 @@ def duo_prefill(layer, dump, report):
             begin, end = view.tile(t)
             reads = [duo_tokens(layer, layer.kv_of(head), i + 1) for i in range(begin, end)]
             same_set(report, view.where(head, t), view.row(head, t), np.unique(np.concatenate(reads)))
+    view.check_outputs()
 
 
 def cases():

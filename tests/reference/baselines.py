@@ -1,9 +1,13 @@
 """dense, random, oracle_topk, streaming_llm."""
 
+from functools import lru_cache
+
 import numpy as np
 
 from budgets import Budget, cached_target, step_units, tile_target, tile_units, top
 from compare import (
+    LSE_BOUND,
+    OUT_BOUND,
     Case,
     Dump,
     Outputs,
@@ -11,6 +15,7 @@ from compare import (
     check_decode,
     check_eviction,
     same_choice,
+    same_scores,
     same_set,
     units_in,
 )
@@ -38,6 +43,7 @@ def check_prefill_ranking(layer, dump, report, budget, unit, scores_of, forced_o
             scores = np.array(scores_of(head, t, begin, end), dtype=np.float64)
             free = np.ones(units, bool)
             free[forced] = False
+            same_scores(report, view.where(head, t), dump, head * view.tiles + t, scores, free)
             expected = np.union1d(top(scores, count, free), forced).astype(int)
             ranked = scores.copy()
             ranked[forced] = np.inf
@@ -49,6 +55,7 @@ def check_decode_ranking(layer, dump, report, budget, unit, scores_of, current=0
     """scores_of(step, kv_head) -> [group, units], `current` pages are forced; union: every head of the group reads the
     union of the heads' choices."""
     reducers = {"mean": np.mean, "sum": np.sum, "max": np.max}
+    scores_of = lru_cache(maxsize=1)(scores_of)  # the heads of a group come one after the other
 
     def judge(step, head, found):
         cached = layer.prompt + step + 1
@@ -69,6 +76,8 @@ def check_decode_ranking(layer, dump, report, budget, unit, scores_of, current=0
             same_set(report, where, chosen, np.unique(np.concatenate(choices)).astype(int))
             return
         row = scores[head % layer.group] if gqa == "none" else reducers[gqa](scores, axis=0)
+        score_row = step * layer.heads + head if gqa == "none" else step * layer.kv_heads + layer.kv_of(head)
+        same_scores(report, where, dump, score_row, row, free)
         expected = np.union1d(top(row, count, free), forced).astype(int)
         ranked = row.copy()
         ranked[forced] = np.inf
@@ -288,6 +297,58 @@ def streaming_evict(budget, cut):
     return check
 
 
+def rotate(x, angle_of, by):
+    """Rows of x turned by `by` positions each (pairs of channels c, c + d / 2)."""
+    half = x.shape[-1] // 2
+    angle = np.asarray(by, dtype=np.float64)[..., None] * angle_of
+    cos, sin = np.cos(angle), np.sin(angle)
+    a, b = x[..., :half], x[..., half:]
+    return np.concatenate([a * cos - b * sin, b * cos + a * sin], axis=-1)
+
+
+def to_bf16(x):
+    """Rounded to the nearest bf16, ties to even."""
+    bits = x.astype(np.float32).view(np.uint32)
+    bits = (bits + 0x7FFF + ((bits >> 16) & 1)) & np.uint32(0xFFFF0000)
+    return bits.view(np.float32).astype(np.float64)
+
+
+def streaming_compacted(budget):
+    """positions = compacted: kept keys, later keys and queries are rotated to their slots. The cache holds the rotated
+    keys in its own type, bf16; the queries stay in fp32."""
+
+    def check(layer, dump, report):
+        cut = layer.prompt
+        kept = sinks_and_recent(cached_target(budget, cut), cut)
+        angle_of = layer.trace.rope["rope_theta"] ** (-np.arange(layer.dim // 2) * 2 / layer.dim)
+        for h, found in enumerate(dump.lists("kept")):
+            same_set(report, f"KV head {h}", found, kept)
+        tokens = np.concatenate([kept, np.arange(cut, layer.length)])
+        slots = np.arange(len(tokens))
+        shifts = slots - tokens
+        for head in range(layer.heads):
+            h = layer.kv_of(head)
+            keys = to_bf16(rotate(layer.k[h, tokens], angle_of, shifts))
+            for at in range(cut, layer.length):
+                seen = len(kept) + at - cut + 1
+                q = rotate(layer.q[head, at], angle_of, seen - 1 - at)
+                logits = keys[:seen] @ q * layer.scale
+                top_logit = logits.max()
+                p = np.exp(logits - top_logit)
+                lse = top_logit + np.log(p.sum())
+                p /= p.sum()
+                v = layer.v[h, tokens[:seen]]
+                size = p @ np.linalg.norm(v, axis=1)
+                out_error = np.linalg.norm(dump["out"][head, at - cut] - p @ v) / size
+                lse_error = abs(dump["lse"][head, at - cut] - lse)
+                report.outputs += 1
+                where = f"head {head} query {at}"
+                report.expect(out_error <= OUT_BOUND, f"{where}: out off by {out_error:.3g}")
+                report.expect(lse_error <= LSE_BOUND * max(1, abs(lse)), f"{where}: lse off by {lse_error:.3g}")
+
+    return check
+
+
 def cases():
     tenth, fifth = Budget(density=0.1), Budget(density=0.2)
     select, evict = ["--cells", "--select"], ["--evict"]
@@ -299,6 +360,15 @@ def cases():
         Case("streaming_llm/prefill", "prefill", [*select, "streaming_llm", *tenth.args()], streaming_prefill(tenth)),
         Case("streaming_llm/decode", "decode", ["--select", "streaming_llm", *tenth.args()], streaming_decode(tenth)),
     ]
+    out.append(
+        Case(
+            "streaming_llm/compacted",
+            "evict",
+            [*evict, "streaming_llm", *tenth.args(), "--set", "evict.positions=compacted"],
+            streaming_compacted(tenth),
+            "second",
+        )
+    )
     for unit, length in (("token", 1), ("page", 16), ("block", 64)):
         args = ["oracle_topk", "--set", f"select.unit={unit}", *tenth.args()]
         layers = "one" if unit == "token" else "all"

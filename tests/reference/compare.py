@@ -74,7 +74,9 @@ class Dump:
 def check_metadata(report, layer, dump, case):
     """The facts that a reader of the file needs, and the settings that were asked for."""
     phase_queries = {"prefill": layer.prompt, "decode": layer.length - layer.prompt}
+    first_query = {"prefill": 0, "decode": layer.prompt}.get(case.phase, dump.number("cut"))
     expected = {
+        "first_query": str(first_query),
         "format": "lacuna-dump",
         "version": "1",
         "phase": case.phase,
@@ -145,6 +147,19 @@ def same_set(report, where, found, expected):
     missing, extra = np.setdiff1d(expected, found), np.setdiff1d(found, expected)
     report.fail(f"{where}: missing {len(missing)} {_head(missing)}, extra {len(extra)} {_head(extra)}")
     return False
+
+
+def same_scores(report, where, dump, row, expected, free):
+    """`scores` of a dump, where it has them: the candidates' (`free`), relative to the row's largest."""
+    if "scores" not in dump.tensors:
+        return
+    found = dump["scores"][row]
+    beyond = found[len(expected) :]
+    report.expect(np.isneginf(beyond).all(), f"{where}: scores beyond the last unit")
+    error = np.abs(found[: len(expected)][free] - expected[free])
+    if len(error):
+        bound = 1e-5 * np.abs(expected[free]).max()
+        report.expect(error.max() <= bound, f"{where}: score off by {error.max():.3g}, bound {bound:.3g}")
 
 
 def units_in(report, where, cells, unit, visible):
@@ -237,7 +252,10 @@ class Prefill:
         self.cells, self.columns = dump.lists("cells"), dump.lists("columns")
         self.pieces = dump.lists("pieces", "starts")
         self.block = dump.number("kv_block")
-        self.sinks, self.window = dump.number("exact_sinks"), dump.number("exact_window")
+        # Metadata where all rows are alike, tensors where they differ.
+        self.sinks, self.window = (
+            dump.tensors.get(name, np.full(rows, dump.number(name))) for name in ("exact_sinks", "exact_window")
+        )
         for row in range(rows):
             self._check_union(row)
 
@@ -258,14 +276,14 @@ class Prefill:
         twice = listed[columns[columns < end]]
         self.report.expect(not twice.any(), f"row {row}: a column repeats a token of a piece")
         listed[columns[columns < end]] = True
-        listed[: self.sinks] = True
+        listed[: self.sinks[row]] = True
         return listed
 
     def _check_union(self, row):
         begin, end = self.tile(row % self.tiles)
         union = self._listed(row, end)
-        if self.window:
-            union[max(0, begin - self.window + 1) :] = True
+        if self.window[row]:
+            union[max(0, begin - self.window[row] + 1) :] = True
         self.report.expect(
             np.array_equal(np.flatnonzero(union), self.cells[row]),
             f"{self.where(row // self.tiles, row % self.tiles)}: cells are not the union of pieces, columns and exact parts",
@@ -284,9 +302,9 @@ class Prefill:
                 mask = np.zeros(end, bool)
                 mask[self.row(head, t)] = True
                 mask = mask & (keys <= queries)
-                if self.window:
-                    listed = self._listed(head * self.tiles + t, end)
-                    mask &= listed | (queries - keys < self.window)
+                row = head * self.tiles + t
+                if self.window[row]:
+                    mask &= self._listed(row, end) | (queries - keys < self.window[row])
                 outputs.check(head, begin, end, mask)
 
 
@@ -322,6 +340,9 @@ def check_eviction(report, layer, dump, cut, judge, reads=None):
     if not check_ragged(report, dump, "kept", layer.kv_heads, layer.length):
         return
     kept = dump.lists("kept")
+    if "cells.indptr" in dump.tensors and check_ragged(report, dump, "cells", layer.kv_heads, layer.length):
+        for kv_head, cells in enumerate(dump.lists("cells")):
+            report.expect(np.array_equal(cells, kept[kv_head]), f"KV head {kv_head}: cells differ from kept")
     for kv_head in range(layer.kv_heads):
         judge(kv_head, kept[kv_head])
     outputs = Outputs(report, layer, dump, cut, layer.length - cut)

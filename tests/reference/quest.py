@@ -32,7 +32,7 @@ def cases():
     tenth = Budget(density=0.1)
 
     def case(name, settings, check, budget=tenth, **more):
-        args = ["--select", "quest", *budget.args()]
+        args = ["--select", "quest", "--cells", "--scores", *budget.args()]
         for setting in settings:
             args += ["--set", setting]
         return Case(f"quest/{name}", "decode", args, check, **more)

@@ -3,11 +3,12 @@
 import numpy as np
 
 from budgets import Budget, cached_target, step_units, top
-from compare import Case, check_decode, check_eviction, same_choice, same_set
+from compare import Case, check_decode, check_eviction, same_choice, same_scores, same_set
 
+# kvpress takes the mean over the rows: the same order.
 PRESETS = {
     "longbench": dict(window=32, kernel=7, pool="max", reduce="sum", recent=32, sinks=0, columns="prefix"),
-    "kvpress": dict(window=64, kernel=5, pool="avg", reduce="mean", recent=64, sinks=0, columns="prefix"),
+    "kvpress": dict(window=64, kernel=5, pool="avg", reduce="sum", recent=64, sinks=0, columns="prefix"),
     "sparse_frontier": dict(window=256, kernel=21, pool="avg", reduce="sum", recent=128, sinks=4, columns="all"),
 }
 
@@ -64,6 +65,9 @@ def snapkv(budget, cut, rule, gqa="mean"):
             if gqa == "union":
                 same_set(report, where, found, np.unique(np.concatenate(choices)))
                 return
+            free = np.isfinite(scores[0])
+            free[forced] = False
+            same_scores(report, where, dump, kv_head, scores[0], free)
             ranked = scores[0].copy()
             ranked[forced] = np.inf
             same_choice(report, where, found, choices[0], ranked)
@@ -112,7 +116,7 @@ def cases():
     tenth, quarter = Budget(density=0.1), Budget(density=0.25)
 
     def case(name, cut, budget, settings, check, **more):
-        args = ["--evict", "snapkv", "--cut", cut, *budget.args()]
+        args = ["--evict", "snapkv", "--cells", "--scores", "--cut", cut, *budget.args()]
         for setting in settings:
             args += ["--set", setting]
         return Case(f"snapkv/{name}", "evict", args, check, **more)

@@ -1,6 +1,6 @@
-// Data movement of the cache on a GPU, in vectors of up to 16 bytes where a row allows it. Appending runs at the speed
-// of a copy (128K tokens x 8 heads x 128 bf16 on an H100: 0.38 ms, 2.8 TB/s); moving in place is held back by its order
-// (0.6-0.8 TB/s, 0.18 ms to keep a tenth of that) and rotating by fp64 sines (0.8 TB/s).
+// Data movement of the cache on a GPU, in vectors of up to 16 bytes where a row allows it. On an H100, for 128K tokens
+// x 8 heads x 128 channels in bf16: append 0.38 ms, as fast as a copy (2.8 TB/s); keeping a tenth in place 0.18 ms (0.6
+// TB/s: a block a slice, in order); rotating every key 0.67 ms (0.8 TB/s, angles in fp64).
 
 #include <cuda_runtime.h>
 

@@ -62,6 +62,10 @@ Eviction decide_eviction(StrategyRuntime* strategy, StrategyRuntime* allocator, 
     throw lacuna::Error(Problem{std::string("strategy '") + strategy->entry().name + "' needs a budget",
                                 "density, tokens or units", "none", "the evict role",
                                 "give the role density = ..., or the scenario a [budget]"});
+  if (!strategy && allocator && allocator->entry().takes_budget)
+    throw lacuna::Error(Problem{std::string("allocator '") + allocator->entry().name + "' has nothing to share out",
+                                "an evict strategy with a budget beside it", "none", "the evict role",
+                                "add evict = {name = ...}"});
   out.mean_tokens = capacity >= 0 ? capacity : std::min(cached, cached_tokens_target(budget_spec, cached, 1));
   out.target_tokens = out.mean_tokens;
   out.allocated_mean = static_cast<double>(out.mean_tokens);

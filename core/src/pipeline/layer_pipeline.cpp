@@ -182,16 +182,27 @@ Step LayerPipeline::step(i64 position, i64 step) {
   Step out = attend_choice(
       span, everything ? choose_everything(cache_, setup_, span, 1)
                        : choose(*select_, evict_ ? nullptr : allocate_.get(), cache_, setup_, span, options_));
-  if (evicts_while_decoding() && !dense_layer(*evict_) && (step + 1) % evict_->plan().evict_every == 0) {
-    i64 cached = 0;  // an allocator may give one head more than its capacity: the layer's sum is what counts
-    for (i32 h = 0; h < setup_.layer.num_kv_heads; ++h) cached += cache_.length(h);
-    if (capacity_ >= 0 && cached > capacity_ * setup_.layer.num_kv_heads) {
-      const Eviction e = decide_eviction(evict_.get(), allocate_.get(), cache_, setup_, span, capacity_, options_);
-      cache_.retain(e.kept);
-      follow_slots();
-    }
-  }
+  evict_if_due(span);
   return out;
+}
+
+void LayerPipeline::follow(i64 position) {
+  append(position, 1);
+  const CallSpan span{Phase::decode, since_cut_, position, position + 1};
+  prepare(span, Phase::decode);
+  refresh_sides(span);
+  attend_choice(span, choose_everything(cache_, setup_, span, 1));
+  evict_if_due(span);
+}
+
+void LayerPipeline::evict_if_due(const CallSpan& span) {
+  ++since_cut_;
+  if (!evicts_while_decoding() || dense_layer(*evict_) || since_cut_ % evict_->plan().evict_every != 0) return;
+  i64 cached = 0;  // an allocator may give one head more than its capacity: the layer's sum is what counts
+  for (i32 h = 0; h < setup_.layer.num_kv_heads; ++h) cached += cache_.length(h);
+  if (capacity_ < 0 || cached <= capacity_ * setup_.layer.num_kv_heads) return;
+  cache_.retain(decide_eviction(evict_.get(), allocate_.get(), cache_, setup_, span, capacity_, options_).kept);
+  follow_slots();
 }
 
 Cost LayerPipeline::selection_cost() const {

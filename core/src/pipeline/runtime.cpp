@@ -139,16 +139,20 @@ class StrategyRuntime::Services final : public sdk::Services {
     return 0;
   }
 
-  /// A copy of the legal queries with NaN after each head's last one, so that reading on is seen.
+  /// A copy of the legal queries with NaN (all bits set, in any float type) after each head's last one, so that reading
+  /// on is seen.
   void poison(Queries* q) {
     const i64 d = q->head_dim, rows = q->count + 1;
-    auto& copy =
-        poisoned_.emplace_back(static_cast<std::size_t>(q->heads * rows * d), std::numeric_limits<float>::quiet_NaN());
+    const i64 row_bytes = d * size_of(q->dtype);
+    auto& copy = poisoned_.emplace_back(static_cast<std::size_t>(q->heads * rows * row_bytes), std::byte{0xff});
     for (i64 h = 0; h < q->heads; ++h)
       for (i64 i = 0; i < q->count; ++i)
-        for (i64 c = 0; c < d; ++c) copy[static_cast<std::size_t>((h * rows + i) * d + c)] = q->at(0, h, i, c);
+        std::memcpy(
+            copy.data() + (h * rows + i) * row_bytes,
+            static_cast<const std::byte*>(q->data) + (h * q->head_stride + i * q->row_stride) * size_of(q->dtype),
+            static_cast<std::size_t>(row_bytes));
     q->data = copy.data();
-    q->dtype = Dtype::f32;
+    q->row_stride = d;
     q->head_stride = rows * d;
     q->seq_stride = q->heads * rows * d;
   }
@@ -179,8 +183,8 @@ class StrategyRuntime::Services final : public sdk::Services {
   CallSpan span_;
   Call call_{};
   CpuOps ops_;
-  i64 asked_ = 0, used_ = 0;                // of the workspace: by the strategy, and with alignment
-  std::list<std::vector<float>> poisoned_;  // each is good until the call ends
+  i64 asked_ = 0, used_ = 0;                    // of the workspace: by the strategy, and with alignment
+  std::list<std::vector<std::byte>> poisoned_;  // each is good until the call ends
 };
 
 template <class F>

@@ -5,58 +5,13 @@
 
 #include "lacuna/base/error.hpp"
 #include "lacuna/pipeline/budget.hpp"
+#include "pipeline/row_lists.hpp"
 #include "pipeline/rows.hpp"
 
 namespace lacuna {
 using namespace sdk;
 
 namespace {
-/// The lists of one row before they are packed into device shape.
-struct RowLists {
-  std::vector<i32> pieces, tokens;
-  std::vector<float> piece_weights, token_weights;
-  i32 sinks = 0, window = 0, full = 0;
-};
-
-OwnedSelection pack(const Rows& rows, i32 kv_block, const std::vector<RowLists>& lists, bool weighted) {
-  std::size_t pieces = 0, tokens = 0;
-  for (const auto& l : lists) pieces = std::max(pieces, l.pieces.size()), tokens = std::max(tokens, l.tokens.size());
-  OwnedSelection out(rows, kv_block, static_cast<i64>(pieces), static_cast<i64>(tokens), weighted);
-  Selection& s = out.view();
-  for (std::size_t r = 0; r < lists.size(); ++r) {
-    const auto& l = lists[r];
-    s.piece_count[r] = static_cast<i32>(l.pieces.size());
-    s.token_count[r] = static_cast<i32>(l.tokens.size());
-    std::copy(l.pieces.begin(), l.pieces.end(), s.pieces + static_cast<i64>(r) * s.piece_capacity);
-    std::copy(l.tokens.begin(), l.tokens.end(), s.tokens + static_cast<i64>(r) * s.token_capacity);
-    std::copy(l.piece_weights.begin(), l.piece_weights.end(),
-              s.piece_log_weight + static_cast<i64>(r) * s.piece_capacity);
-    std::copy(l.token_weights.begin(), l.token_weights.end(),
-              s.token_log_weight + static_cast<i64>(r) * s.token_capacity);
-    s.exact_sinks[r] = l.sinks;
-    s.exact_window[r] = l.window;
-    s.full[r] = l.full;
-  }
-  return out;
-}
-
-RowLists unpack(const Selection& s, i64 row) {
-  RowLists l;
-  const i32 *p = s.pieces + row * s.piece_capacity, *t = s.tokens + row * s.token_capacity;
-  l.pieces.assign(p, p + s.piece_count[row]);
-  l.tokens.assign(t, t + s.token_count[row]);
-  if (s.piece_log_weight)
-    l.piece_weights.assign(s.piece_log_weight + row * s.piece_capacity,
-                           s.piece_log_weight + row * s.piece_capacity + s.piece_count[row]);
-  if (s.token_log_weight)
-    l.token_weights.assign(s.token_log_weight + row * s.token_capacity,
-                           s.token_log_weight + row * s.token_capacity + s.token_count[row]);
-  l.sinks = s.exact_sinks[row];
-  l.window = s.exact_window[row];
-  l.full = s.full[row];
-  return l;
-}
-
 /// Everything about a call that its rows share.
 struct Setting {
   StrategyRuntime& strategy;
@@ -170,15 +125,17 @@ RowLists rank_row(const Setting& s, const Budget& budget, i64 row, const float* 
   } else if (budget.limited) {
     i64 k;
     if (s.budget().kind == BudgetSpec::Kind::units) {
-      k = std::max<i64>(0, static_cast<i64>(s.budget().value) - static_cast<i64>(forced.size()));
-      account.floor |= static_cast<i64>(forced.size()) > static_cast<i64>(s.budget().value);
+      const i64 wanted = budget.tokens[row] / plan.unit_tokens;
+      k = std::max<i64>(0, wanted - static_cast<i64>(forced.size()));
+      account.floor |= static_cast<i64>(forced.size()) > wanted;
     } else {
       const i64 forced_pairs = forced_set.pairs(at.begin, at.end);
       k = ranked_units(budget.pairs[row], forced_pairs, forced_count, plan.unit_tokens, queries, plan.min_units);
       const i64 unit_pairs = plan.unit_tokens * queries;
       const i64 least =
           std::max(forced_pairs, forced_pairs + (std::max<i64>(1, plan.min_units) - forced_count) * unit_pairs);
-      account.floor |= least - budget.pairs[row] > unit_pairs;
+      // A tile that straddles K has a smaller target than the ones after it; what counts is whether K itself has room.
+      account.floor |= least > std::max(budget.pairs[row], budget.tokens[row] * queries);
     }
     chosen = top_units(candidate, k);
   } else if (top_p >= 0 && plan.score_kind == ScoreKind::mass) {
@@ -193,24 +150,6 @@ RowLists rank_row(const Setting& s, const Budget& budget, i64 row, const float* 
     out.tokens = std::move(chosen);
   } else {
     for (const i32 u : chosen) out.pieces.push_back(u * plan.unit_tokens);
-  }
-  return out;
-}
-
-/// One KV-head row that reads whatever any head of its group chose.
-RowLists unite_lists(const std::vector<RowLists>& lists, const Rows& rows, i32 kv_head, i32 group, i32 tile) {
-  RowLists out;
-  for (i32 g = 0; g < group; ++g) {
-    const auto& l = lists[static_cast<std::size_t>((kv_head * group + g) * rows.tiles + tile)];
-    out.pieces.insert(out.pieces.end(), l.pieces.begin(), l.pieces.end());
-    out.tokens.insert(out.tokens.end(), l.tokens.begin(), l.tokens.end());
-    out.sinks = std::max(out.sinks, l.sinks);
-    out.window = std::max(out.window, l.window);
-    out.full |= l.full;
-  }
-  for (auto* v : {&out.pieces, &out.tokens}) {
-    std::sort(v->begin(), v->end());
-    v->erase(std::unique(v->begin(), v->end()), v->end());
   }
   return out;
 }
@@ -266,6 +205,10 @@ std::vector<RowLists> rank_all(Setting& s, Choice& out, Rows& all) {
       }
       s.allocator->allocate_rows(s.cache, s.span, &scores, budget);
       if (s.options.check) check_budget(s.allocator->culprit("allocate_rows"), budget, total);
+      for (i64 r = 0; r < ranked.count(); ++r) {
+        const RowSlots at = s.slots(ranked, r);
+        budget.tokens[r] = budget.pairs[r] / (at.end - at.begin);
+      }
     }
     std::vector<BudgetAccount> accounts(static_cast<std::size_t>(ranked.count()));
 #pragma omp parallel for schedule(dynamic, 4)
@@ -396,7 +339,7 @@ void expand_all(const Setting& s, const Rows& rows, Choice& out) {
       set = expand_row(sel, row, at.end);
       members.push_back(&set);
       a.realised_pairs += static_cast<double>(set.pairs(at.begin, at.end));
-      a.slack_pairs += static_cast<double>(causal_loss(set, at));
+      a.causal_loss += static_cast<double>(causal_loss(set, at));
       a.visible_pairs += static_cast<double>(capped_pairs(at.end, at.begin, at.end));
     }
     const RowSet all = rows.per_query_head ? unite(members) : *members[0];
@@ -412,28 +355,6 @@ void expand_all(const Setting& s, const Rows& rows, Choice& out) {
 
 }  // namespace
 
-OwnedSelection::OwnedSelection(const Rows& rows, i32 kv_block, i64 piece_capacity, i64 token_capacity, bool weighted) {
-  const i64 n = rows.count();
-  ints_.assign(static_cast<std::size_t>(n * (5 + piece_capacity + token_capacity)), 0);
-  i32* p = ints_.data();
-  view_.rows = rows;
-  view_.kv_block = kv_block;
-  view_.piece_capacity = static_cast<i32>(piece_capacity);
-  view_.token_capacity = static_cast<i32>(token_capacity);
-  view_.piece_count = p;
-  view_.token_count = p + n;
-  view_.exact_sinks = p + 2 * n;
-  view_.exact_window = p + 3 * n;
-  view_.full = p + 4 * n;
-  view_.pieces = p + 5 * n;
-  view_.tokens = view_.pieces + n * piece_capacity;
-  if (weighted) {
-    weights_.assign(static_cast<std::size_t>(n * (piece_capacity + token_capacity)), 0.f);
-    view_.piece_log_weight = weights_.data();
-    view_.token_log_weight = weights_.data() + n * piece_capacity;
-  }
-}
-
 void BudgetAccount::add(const BudgetAccount& o) {
   target_pairs += o.target_pairs;
   realised_pairs += o.realised_pairs;
@@ -441,6 +362,7 @@ void BudgetAccount::add(const BudgetAccount& o) {
   visible_pairs += o.visible_pairs;
   union_visible += o.union_visible;
   slack_pairs += o.slack_pairs;
+  causal_loss += o.causal_loss;
   floor |= o.floor;
 }
 

@@ -173,7 +173,7 @@ std::string why_skipped(const Cell& cell, ReplayPhase phase) {
     case ReplayPhase::decode:
       if (cell.select)
         return has(cell.select, kDecode) ? "" : "'" + cell.select->type->name() + "' does not select in decode";
-      return cell.evict && cell.evict->type->entry().attended ? "" : "nothing of it acts in decode";
+      return cell.evict || has(cell.allocate, kEvict) ? "" : "no select or evict role";
   }
   return "";
 }
@@ -231,8 +231,12 @@ PhaseRun run_phase(LayerReplay& layer, const TraceInfo& info, const Cell& cell, 
     if (run.kept.empty()) run.kept.assign(static_cast<std::size_t>(l.num_kv_heads), cut);
   } else {
     if (evicts && cut < begin) {
-      pipeline.append(cut, begin - cut);
-      pipeline.read_cached(cut, begin);
+      if (pipeline.evicts_while_decoding()) {
+        for (i64 at = cut; at < begin; ++at) pipeline.follow(at);
+      } else {
+        pipeline.append(cut, begin - cut);
+        pipeline.read_cached(cut, begin);
+      }
     }
     run_steps(run, layer, pipeline, collect, begin, end);
   }
@@ -253,11 +257,25 @@ PhaseRun run_phase(LayerReplay& layer, const TraceInfo& info, const Cell& cell, 
     const BudgetAccount& a = collect.account();
     const bool free_union = cell.select && cell.select->common().gqa == Gqa::union_;
     const double off = a.realised_pairs - a.target_pairs;
-    // An explicit choice above its target is one whose forced part did not fit; a wrapper's budget is a bound.
-    const bool within_bound = roles.select->type->entry().refine && off <= 0;
-    if (!a.floor && !free_union && !within_bound && std::abs(off) > std::max(0.01 * a.target_pairs, a.slack_pairs))
-      run.marks.push_back(off > 0 && cell.select->type->entry().mark ? "floor" : "off-budget");
+    const sdk::Entry& entry = roles.select->type->entry();
+    const double one_percent = 0.01 * a.target_pairs;
+    if (a.floor || free_union) {
+    } else if (entry.mark && off > one_percent) {
+      run.marks.push_back("floor");  // an explicit choice exceeds its target only where its forced part does not fit
+    } else if (off > std::max(one_percent, a.slack_pairs)) {
+      run.marks.push_back("off-budget");
+    } else if (!entry.refine && -off > std::max(one_percent, a.slack_pairs + a.causal_loss)) {
+      run.marks.push_back("off-budget");  // a wrapper's budget is a bound, so it may read less
+    }
   }
+  if (phase == ReplayPhase::decode && !cell.select) {  // nothing is selected: what is cached is what is read
+    run.realised_head = run.realised_union = run.read_share;
+    if (eviction.limited) run.target_share = static_cast<double>(eviction.target_tokens) / static_cast<double>(cut);
+  }
+  if (eviction.limited && eviction.target_tokens != eviction.mean_tokens &&
+      std::abs(static_cast<double>(eviction.target_tokens - eviction.mean_tokens)) >
+          0.01 * static_cast<double>(eviction.mean_tokens))
+    run.marks.push_back("own-layer-share");  // a layer allocator gave this layer another target than the table's
   if (collect.rank_normalised()) run.marks.push_back("rank-normalised");
   if (is_dense_layer(roles.select ? roles.select : roles.evict, l.index)) run.marks.push_back("dense-layer");
   if (l.sliding_window > 0) run.marks.push_back("sliding-window");

@@ -273,8 +273,20 @@ i64 default_min_context(double density, i64 prompt_tokens) {
   return (static_cast<i64>(std::ceil(least)) + 63) / 64 * 64;
 }
 
+void check_cell(const Cell& cell, const TraceInfo& info) {
+  for (const auto* role : {&cell.select, &cell.evict}) {
+    if (!*role) continue;
+    for (const int layer : (*role)->dense_layers())
+      if (layer >= info.num_layers)
+        throw lacuna::Error(Problem{
+            "dense_layers of '" + (*role)->type->name() + "' name a layer that the model has not",
+            "0.." + std::to_string(info.num_layers - 1), std::to_string(layer), info.path, "change dense_layers"});
+  }
+}
+
 ReplayResult replay(const Trace& trace, const std::vector<Cell>& cells, const ReplayOptions& options) {
   ReplayResult result;
+  for (const Cell& cell : cells) check_cell(cell, trace.info());
   for (std::size_t i = 0; i < cells.size(); ++i)
     for (const ReplayPhase phase : options.phases) {
       std::string reason = why_skipped(cells[i], phase, trace.info());

@@ -167,11 +167,23 @@ bool apply(const Registry& registry, Json& roles, const Setting& setting) {
   return true;
 }
 
+Error unused_setting(const Registry& registry, const std::vector<Json>& studied, const Setting& setting) {
+  const std::string role = setting.path.substr(0, setting.path.find('.'));
+  const std::string key = setting.path.substr(setting.path.rfind('.') + 1);
+  std::set<std::string> known;
+  for (const Json& roles : studied)
+    for (const Json* table = roles.contains(role) ? &roles[role] : nullptr; table && table->contains("name");
+         table = table->contains("base") ? &(*table)["base"] : nullptr)
+      for (const ParamSpec& p : registry.find((*table)["name"].get<std::string>()).params(kind_of(role)))
+        known.insert(p.name);
+  return Error({"--set " + setting.text + " changes nothing",
+                known.empty() ? "a role that a strategy of the study has" : "a parameter of the role's strategies",
+                setting.path, kCommandLine, suggestion(key, {known.begin(), known.end()})});
+}
+
 void apply_settings(const Registry& registry, Json& roles, const std::vector<std::string>& settings) {
   for (const Setting& s : read_settings(registry, {roles}, settings)) {
-    if (!apply(registry, roles, s))
-      throw Error({"--set " + s.text + " changes nothing", "a role that is given and a parameter that it has", s.path,
-                   kCommandLine, "See `lacuna describe NAME` for its parameters."});
+    if (!apply(registry, roles, s)) throw unused_setting(registry, {roles}, s);
   }
 }
 

@@ -5,6 +5,7 @@
 #include <string>
 #include <vector>
 
+#include "lacuna/base/error.hpp"
 #include "lacuna/strategy/instance.hpp"
 
 namespace lacuna {
@@ -36,6 +37,9 @@ struct Setting {
 /// come first, since they decide what else is a key. Throws Error.
 std::vector<Setting> read_settings(const Registry& registry, const std::vector<Json>& studied,
                                    const std::vector<std::string>& texts);
+
+/// The error for a setting that no strategy of the study takes, with the nearest parameters of its role.
+Error unused_setting(const Registry& registry, const std::vector<Json>& studied, const Setting& setting);
 
 /// Writes it into the role tables; false when the role is not there or its strategy lacks the key.
 bool apply(const Registry& registry, Json& roles, const Setting& setting);

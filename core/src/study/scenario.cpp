@@ -219,10 +219,7 @@ class Loader {
     for (const Setting& setting : read_settings(registry_, studied, overrides_.set)) {
       bool used = false;
       for (Entry& e : entries) used |= apply(registry_, e.roles, setting);
-      if (!used)
-        throw Error({"--set " + setting.text + " changes nothing",
-                     "a role and parameter of one of the scenario's strategies", "none that has it", kCommandLine,
-                     "See `lacuna describe NAME` for parameters."});
+      if (!used) throw unused_setting(registry_, studied, setting);
     }
     for (const Entry& e : entries) add_strategy(e);
   }

@@ -43,6 +43,9 @@ class LayerPipeline {
   /// Queries [begin, end), already appended: dense over what is cached (no selection, no eviction): later queries in
   /// bulk.
   Step read_cached(sdk::i64 begin, sdk::i64 end);
+  /// Appends token `position` and reads what is cached, with eviction if it is due: tokens between a cut and the first
+  /// decode step.
+  void follow(sdk::i64 position);
   /// Appends token `position` and runs one decode step: select, attend, attended, and eviction if it is due.
   Step step(sdk::i64 position, sdk::i64 step);
 
@@ -55,6 +58,7 @@ class LayerPipeline {
 
  private:
   /// `select_phase`: what the select strategy plans for; at the cut that is the decoding to come.
+  void evict_if_due(const CallSpan& span);
   void prepare(const CallSpan& span, sdk::Phase select_phase);
   void refresh_sides(const CallSpan& span);
   void follow_slots();
@@ -66,6 +70,7 @@ class LayerPipeline {
   ChooseOptions options_;
   std::unique_ptr<StrategyRuntime> select_, evict_, allocate_;
   KvCache cache_;
+  sdk::i64 since_cut_ = 0;  // tokens appended one by one since the cut
   sdk::i64 capacity_ = -1;  // target fixed at the cut
   bool compacted_ = false;
   std::vector<float> turned_queries_;

@@ -33,9 +33,9 @@ struct BudgetAccount {
   double union_pairs = 0;     // union over each GQA group, per KV head
   double visible_pairs = 0;   // of all query heads
   double union_visible = 0;   // of all KV heads
-  double slack_pairs =
-      0;  // by how much an exact ranking may miss its target: one unit a row, and what causality cuts off listed units
-  bool floor = false;  // the forced units exceed the target
+  double slack_pairs = 0;     // one unit a row: how far an exact ranking may miss its target
+  double causal_loss = 0;     // what causality cuts off listed units: excuses a shortfall
+  bool floor = false;         // the forced units exceed the target
 
   void add(const BudgetAccount& other);
 };

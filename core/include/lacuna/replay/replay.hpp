@@ -32,6 +32,9 @@ struct ReplayResult {
   std::vector<Skip> skips;  // per (cell, phase), the same for every layer
 };
 
+/// Throws Error when a cell does not fit the trace's model (dense_layers that it has not).
+void check_cell(const Cell& cell, const TraceInfo& info);
+
 /// A strategy that fails makes its own row "failed"; the others go on. Throws Error for a bad trace or layer.
 ReplayResult replay(const Trace& trace, const std::vector<Cell>& cells, const ReplayOptions& options);
 

@@ -3,6 +3,7 @@
 #include "lacuna/attention/cuda_attention.hpp"
 
 #include <algorithm>
+#include <cstdint>
 #include <string>
 
 #include "attention/shapes.hpp"
@@ -10,7 +11,7 @@
 #include "launch.hpp"
 
 namespace lacuna {
-namespace cuda {
+namespace cuda::attention {
 
 void check_launch(const char* kernel) {
   if (const cudaError_t status = cudaGetLastError(); status != cudaSuccess)
@@ -138,53 +139,57 @@ void launch_attention(const Call& call, const Job& job, i64 rows, cudaStream_t s
   }
 }
 
-}  // namespace
-}  // namespace cuda
-
-CudaAttentionPlan plan_cuda_attention(const Attention& a) { return cuda::Call(a).plan; }
-
-void attend_cuda(const Attention& a, float* out, float* lse, void* workspace, std::size_t workspace_bytes,
-                 void* stream) {
-  const cuda::Call call(a);
+void enqueue(const Attention& a, float* out, float* lse, void* workspace, std::size_t workspace_bytes,
+             cudaStream_t stream) {
+  const Call call(a);
   const CudaAttentionPlan& plan = call.plan;
   if (workspace_bytes < plan.workspace_bytes)
     throw Error({"the workspace of attention is too small", std::to_string(plan.workspace_bytes) + " bytes",
                  std::to_string(workspace_bytes), "attention", "Plan every shape that is called."});
   if (call.result_rows() == 0) return;
 
-  const auto on = static_cast<cudaStream_t>(stream);
-  cuda::Carver carver(workspace);
-  const cuda::ListOutput lists = call.lists(carver);
-  const cuda::Results parts = call.parts(carver);
-  cuda::Job job{};
+  Carver carver(workspace);
+  const ListOutput lists = call.lists(carver);
+  const Results parts = call.parts(carver);
+  Job job{};
   job.layer = a.layer;
   job.kv = a.kv;
   job.q = a.q;
   job.rows = call.rows;
   job.heads = call.heads;
   job.tile_rows = plan.tile_rows;
-  job.tiles_per_row = static_cast<sdk::i32>(call.tiles_per_row);
+  job.tiles_per_row = static_cast<i32>(call.tiles_per_row);
   job.splits = plan.splits;
   job.split_queries = a.q.dtype != a.kv.dtype;
-  job.vector_queries = !job.split_queries && cuda::aligned_queries(a.q);
-  job.results = plan.splits > 1 ? parts : cuda::Results{out, lse, 0, a.q.count};
+  job.vector_queries = !job.split_queries && aligned_queries(a.q);
+  job.results = plan.splits > 1 ? parts : Results{out, lse, 0, a.q.count};
 
   if (!a.read) {
-    cuda::launch_attention(call, job, call.rows.count(), on);
+    launch_attention(call, job, call.rows.count(), stream);
   } else {
     job.lists = {lists.slot, lists.weight, lists.count, lists.stride};
     job.exact_window = a.read->exact_window;
-    for (sdk::i64 begin = 0; begin < call.rows.count(); begin += plan.list_rows) {
-      const sdk::i64 rows = std::min(plan.list_rows, call.rows.count() - begin);
-      cuda::launch_lists(a, begin, rows, lists, on);
+    for (i64 begin = 0; begin < call.rows.count(); begin += plan.list_rows) {
+      const i64 rows = std::min(plan.list_rows, call.rows.count() - begin);
+      launch_lists(a, begin, rows, lists, stream);
       job.row_begin = begin;
-      cuda::launch_attention(call, job, rows, on);
+      launch_attention(call, job, rows, stream);
     }
   }
   if (plan.splits > 1)
-    cuda::launch_merge({parts.out, parts.lse, plan.splits, a.layer.head_dim, call.result_rows(), call.queries,
-                        call.first_query, a.q.count, out, lse},
-                       on);
+    launch_merge({parts.out, parts.lse, plan.splits, a.layer.head_dim, call.result_rows(), call.queries,
+                  call.first_query, a.q.count, out, lse},
+                 stream);
+}
+
+}  // namespace
+}  // namespace cuda::attention
+
+CudaAttentionPlan plan_cuda_attention(const Attention& a) { return cuda::attention::Call(a).plan; }
+
+void attend_cuda(const Attention& a, float* out, float* lse, void* workspace, std::size_t workspace_bytes,
+                 void* stream) {
+  cuda::attention::enqueue(a, out, lse, workspace, workspace_bytes, static_cast<cudaStream_t>(stream));
 }
 
 }  // namespace lacuna

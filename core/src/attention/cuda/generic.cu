@@ -2,7 +2,7 @@
 // one key's logit; then the warp adds the 32 values channel by channel.
 #include "launch.hpp"
 
-namespace lacuna::cuda {
+namespace lacuna::cuda::attention {
 namespace {
 
 template <class F>
@@ -80,4 +80,4 @@ void launch_generic(const Job& job, i64 blocks, cudaStream_t stream) {
   check_launch("generic attention");
 }
 
-}  // namespace lacuna::cuda
+}  // namespace lacuna::cuda::attention

@@ -5,7 +5,7 @@
 
 #include "reading.cuh"
 
-namespace lacuna::cuda {
+namespace lacuna::cuda::attention {
 
 using OwnerKey = unsigned long long;  // as CUDA's atomics spell 64 bits
 
@@ -46,4 +46,4 @@ void launch_merge(const MergeJob& job, cudaStream_t stream);
 /// Throws Error for what the last launch left.
 void check_launch(const char* kernel);
 
-}  // namespace lacuna::cuda
+}  // namespace lacuna::cuda::attention

@@ -7,7 +7,7 @@
 // minimum, which is the same in whatever order they come.
 #include "launch.hpp"
 
-namespace lacuna::cuda {
+namespace lacuna::cuda::attention {
 namespace {
 
 using sdk::u32;
@@ -180,4 +180,4 @@ void launch_lists(const Attention& a, i64 row_begin, i64 rows, const ListOutput&
   check_launch("key lists of a selection");
 }
 
-}  // namespace lacuna::cuda
+}  // namespace lacuna::cuda::attention

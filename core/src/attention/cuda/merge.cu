@@ -2,7 +2,7 @@
 // the parts. A thread block a row: a thread a part for the weights, then a thread a channel.
 #include "launch.hpp"
 
-namespace lacuna::cuda {
+namespace lacuna::cuda::attention {
 namespace {
 
 constexpr int kThreads = static_cast<int>(kMostSplits);
@@ -38,4 +38,4 @@ void launch_merge(const MergeJob& job, cudaStream_t stream) {
   check_launch("merge of split keys");
 }
 
-}  // namespace lacuna::cuda
+}  // namespace lacuna::cuda::attention

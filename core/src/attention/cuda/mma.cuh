@@ -7,7 +7,7 @@
 
 #include "lacuna/sdk/types.hpp"
 
-namespace lacuna::cuda {
+namespace lacuna::cuda::attention {
 
 __device__ inline unsigned shared_address(const void* p) { return static_cast<unsigned>(__cvta_generic_to_shared(p)); }
 
@@ -65,4 +65,4 @@ __device__ inline float exp2_fast(float x) {
   return out;
 }
 
-}  // namespace lacuna::cuda
+}  // namespace lacuna::cuda::attention

@@ -12,7 +12,7 @@
 
 #include "lacuna/attention/attention.hpp"
 
-namespace lacuna::cuda {
+namespace lacuna::cuda::attention {
 
 using sdk::Dtype;
 using sdk::i32;
@@ -155,4 +155,4 @@ __device__ inline i64 result_row(const Job& job, const BlockTile& tile, i32 pack
          r.first_query;
 }
 
-}  // namespace lacuna::cuda
+}  // namespace lacuna::cuda::attention

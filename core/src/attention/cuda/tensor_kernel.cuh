@@ -9,7 +9,7 @@
 #include "launch.hpp"
 #include "mma.cuh"
 
-namespace lacuna::cuda {
+namespace lacuna::cuda::attention {
 
 template <int kHeadDim, int kWarps>
 struct TensorShape {
@@ -318,4 +318,4 @@ void launch_tensor(const Job& job, i64 blocks, cudaStream_t stream) {
     with_type.template operator()<Dtype::f16>();
 }
 
-}  // namespace lacuna::cuda
+}  // namespace lacuna::cuda::attention

@@ -91,14 +91,33 @@ __device__ void load_eight(Store<kType>* to, const Source& from, i64 row, int c)
   }
 }
 
-/// Rows [0, rows) of a tile by `threads` threads; at(row): the row's first element, negative for zeros.
+/// load_eight that may still be under way until wait_for_loads(): a thread's copies are in flight together, where loads
+/// through registers would wait for each other.
+template <Dtype kType>
+__device__ void start_eight(Store<kType>* to, const Source& from, i64 row, int c) {
+  if constexpr (kType != Dtype::f32) {
+    if (from.aligned) {
+      const bool there = row >= 0 && c < from.head_dim;
+      const u16* address = static_cast<const u16*>(from.data) + (there ? row + c : 0);
+      asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;"
+                   :
+                   : "r"(static_cast<u32>(__cvta_generic_to_shared(to))), "l"(address), "r"(there ? 16 : 0)
+                   : "memory");
+      return;
+    }
+  }
+  load_eight<kType>(to, from, row, c);
+}
+__device__ inline void wait_for_loads() { asm volatile("cp.async.wait_all;" ::: "memory"); }
+
+/// Rows [0, rows) of a tile by `threads` threads; at(row): the row's first element, negative for zeros. The caller
+/// makes its threads wait for each other.
 template <Dtype kType, class At>
 __device__ void load_rows(Store<kType>* to, int rows, int depth, const Source& from, int thread, int threads, At at) {
   const int eights = depth / 8, row_step = threads / eights, step = threads % eights;
   int row = thread / eights, eight = thread % eights;
-#pragma unroll 8
   while (row < rows) {
-    load_eight<kType>(to + row * pitch<kType>(depth) + eight * 8, from, at(row), eight * 8);
+    start_eight<kType>(to + row * pitch<kType>(depth) + eight * 8, from, at(row), eight * 8);
     row += row_step;
     eight += step;
     if (eight >= eights) {
@@ -106,6 +125,7 @@ __device__ void load_rows(Store<kType>* to, int rows, int depth, const Source& f
       ++row;
     }
   }
+  wait_for_loads();
 }
 
 /// The shared memory of a block: its keys, and a strip of queries for each warp.

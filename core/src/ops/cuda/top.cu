@@ -12,9 +12,9 @@ namespace cuda {
 namespace {
 
 constexpr int kBins = 1 << 11;
-constexpr int kItems = 8;  // elements of a thread between two scans
 constexpr int kFewThreads = 256, kManyThreads = 1024;
-constexpr i64 kShortRow = 4096;  // a row up to here is worth few threads
+constexpr int kFewItems = 4, kManyItems = 8;  // elements that a thread has in flight, and between two scans
+constexpr i64 kShortRow = 4096;               // a row up to here is worth the few
 constexpr int kHalf = 12;
 constexpr i64 kLongestSum = 1 << 20;
 constexpr u32 kInfinityDigit = 0xff800000u >> 21;
@@ -76,7 +76,7 @@ __device__ T exclusive_scan(T value, Shared& s) {
 }
 
 // f(key, digit) for the elements whose digits above the pass are `prefix`. Loads first: nothing passes an atomic.
-template <class F>
+template <int kItems, class F>
 __device__ void for_each_digit(const float* x, i32 n, int pass, u32 prefix, F f) {
   const auto [shift, bits] = kPasses[pass];
   const i32 step = static_cast<i32>(blockDim.x);
@@ -93,6 +93,7 @@ __device__ void for_each_digit(const float* x, i32 n, int pass, u32 prefix, F f)
   }
 }
 
+template <int kItems>
 __device__ void count_digits(const float* x, i32 n, int pass, u32 prefix, bool sums, Shared& s) {
   __syncthreads();
   for (int b = static_cast<int>(threadIdx.x); b < kBins; b += static_cast<int>(blockDim.x)) {
@@ -100,7 +101,7 @@ __device__ void count_digits(const float* x, i32 n, int pass, u32 prefix, bool s
     s.low[b] = s.high[b] = 0;
   }
   __syncthreads();
-  for_each_digit(x, n, pass, prefix, [&](u32 key, u32 digit) {
+  for_each_digit<kItems>(x, n, pass, prefix, [&](u32 key, u32 digit) {
     atomicAdd(&s.count[digit], 1u);
     if (!sums || key == 0) return;
     atomicAdd(&s.low[digit], mantissa_of(key) & ((1u << kHalf) - 1));
@@ -131,10 +132,11 @@ struct Cut {
 };
 __device__ constexpr Cut kTakeNothing{~0u, 0}, kTakeAll{0, 0};
 
+template <int kItems>
 __device__ Cut find_cut(const float* x, i32 n, i32 k, Shared& s) {
   u32 prefix = 0;
   for (int pass = 0; pass < 3; ++pass) {
-    count_digits(x, n, pass, prefix, false, s);
+    count_digits<kItems>(x, n, pass, prefix, false, s);
     if (pass == 0) k = min(k, n - static_cast<i32>(s.count[0]));  // digit 0 holds what is never taken, and nothing else
     if (k <= 0) return kTakeNothing;
     descend(k, s);
@@ -146,6 +148,7 @@ __device__ Cut find_cut(const float* x, i32 n, i32 k, Shared& s) {
 }
 
 // Writes what is taken, ascending; returns how much.
+template <int kItems>
 __device__ i32 take(const float* x, i32 n, Cut cut, i32* out, Shared& s) {
   const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, warps = blockDim.x / 32;
   const u32 lower = (1u << lane) - 1;
@@ -231,8 +234,9 @@ struct Prefix {
 };
 
 // The shortest descending prefix that sums to p of the whole.
+template <int kItems>
 __device__ Prefix find_prefix(const float* x, i32 n, double p, Shared& s) {
-  count_digits(x, n, 0, 0, true, s);
+  count_digits<kItems>(x, n, 0, 0, true, s);
   if (threadIdx.x < 32) find_crossing(p, s);
   __syncthreads();
   if (s.wanted == 0) return {kTakeNothing, 0};
@@ -243,7 +247,7 @@ __device__ Prefix find_prefix(const float* x, i32 n, double p, Shared& s) {
   u64 above = 0;  // of the leading digit, in units
   const auto reached = [&](u64 sum) { return before + static_cast<double>(sum) * unit >= target; };
   for (int pass = 1; pass < 3; ++pass) {
-    count_digits(x, n, pass, prefix, true, s);
+    count_digits<kItems>(x, n, pass, prefix, true, s);
     const int each = kBins / static_cast<int>(blockDim.x), top = kBins - 1 - static_cast<int>(threadIdx.x) * each;
     u64 held = 0;
     u32 elements = 0;
@@ -289,20 +293,24 @@ struct Top {
   i64 out_stride;
 };
 
-__global__ void __launch_bounds__(kManyThreads) top_kernel(Top top) {
+template <int kItems, int kThreads>
+__global__ void __launch_bounds__(kThreads) top_kernel(Top top) {
   __shared__ Shared s;
   const i64 row = blockIdx.x;
   const float* x = top.values + row * top.stride;
   const i32 n = top.n[row];
   const i32 k = top.k ? top.k[row] : n;
-  const Prefix prefix = top.by_sum ? find_prefix(x, n, top.p, s) : Prefix{kTakeAll, n};
-  const Cut cut = top.by_sum && prefix.length <= k ? prefix.cut : find_cut(x, n, k, s);
-  const i32 taken = take(x, n, cut, top.out + row * top.out_stride, s);
+  const Prefix prefix = top.by_sum ? find_prefix<kItems>(x, n, top.p, s) : Prefix{kTakeAll, n};
+  const Cut cut = top.by_sum && prefix.length <= k ? prefix.cut : find_cut<kItems>(x, n, k, s);
+  const i32 taken = take<kItems>(x, n, cut, top.out + row * top.out_stride, s);
   if (threadIdx.x == 0) top.out_count[row] = taken;
 }
 
 void launch_top(const char* op, const sdk::Call& call, i32 rows, const Top& top) {
-  launch(op, stream_of(call), top_kernel, rows, top.stride <= kShortRow ? kFewThreads : kManyThreads, 0, top);
+  if (top.stride <= kShortRow)
+    launch(op, stream_of(call), top_kernel<kFewItems, kFewThreads>, rows, kFewThreads, 0, top);
+  else
+    launch(op, stream_of(call), top_kernel<kManyItems, kManyThreads>, rows, kManyThreads, 0, top);
 }
 
 }  // namespace
