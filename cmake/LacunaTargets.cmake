@@ -78,6 +78,7 @@ function(lacuna_test module)
     target_link_libraries(test_${module}_gpu PRIVATE CUDA::cudart_static)
     add_test(NAME ${module}_gpu COMMAND test_${module}_gpu)
     set_tests_properties(${module}_gpu PROPERTIES LABELS gpu SKIP_RETURN_CODE 77)
+    add_dependencies(gpu_tests test_${module}_gpu)
   endif()
 endfunction()
 

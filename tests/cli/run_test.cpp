@@ -100,8 +100,9 @@ TEST_CASE("the JSON holds cells, rows and tables") {
   CHECK(report["cells"].size() == 6);
   CHECK(report["cells"][3]["select"]["density"] == 0.5);
   CHECK(report["header"]["strategies"]["quest"]["id"].get<std::string>().size() == 16);
-  // Prefill and decode: dense, oracle, random and the noise floor; decode has quest too; evict: two and the floor.
-  CHECK(report["rows"].size() == 2 * (4 + 5 + 3));
+  // Prefill and decode: dense, oracle, random and the noise floor; decode has quest and what was evicted too; evict:
+  // two and the floor.
+  CHECK(report["rows"].size() == 2 * (4 + 7 + 3));
   for (const Json& row : report["rows"]) {
     const Json& mass = row["metrics"]["mass_kept"];
     CHECK(mass["mean"] > 0);
@@ -144,7 +145,7 @@ TEST_CASE("what fails leaves the others alone") {
     std::set<std::string> compared;
     for (const Json& table : report["tables"])
       for (const Json& line : table["lines"]) compared.insert(line["label"].get<std::string>());
-    CHECK(compared == std::set<std::string>{"oracle_topk", "snapkv"});
+    CHECK(compared == std::set<std::string>{"oracle_topk", "snapkv", "snapkv (evict)"});
     for (const Json& row : report["rows"]) CHECK((row["status"] == "failed") == row["error"].is_string());
   }
 }
@@ -156,7 +157,7 @@ TEST_CASE("--dry-run counts and runs nothing") {
   CHECK(o.code == 0);
   CHECK(o.prints("\"page_size\":32"));
   // Rows of cells: the noise floor is none.
-  CHECK(o.prints("6 cells, 1 traces, 18 rows"));
+  CHECK(o.prints("6 cells, 1 traces, 22 rows"));
   CHECK(o.err == "");
 }
 

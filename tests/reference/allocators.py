@@ -201,19 +201,34 @@ def cases():
     out += [
         case("pyramid/integer", "pyramid", tenth, [], by_layer(tenth, "end", pyramid_integer)),
         case("pyramid/half", "pyramid", half, [], by_layer(half, "end", pyramid_integer)),
-        case("pyramid/uniform", "pyramid", Budget(density=0.7), [], by_layer(Budget(density=0.7), "end", pyramid_integer)),
+        case(
+            "pyramid/uniform", "pyramid", Budget(density=0.7), [], by_layer(Budget(density=0.7), "end", pyramid_integer)
+        ),
         case("pyramid/clamped", "pyramid", clamped, [], by_layer(clamped, "1000", pyramid_integer), "1000"),
         case("pyramid/kvpress", "pyramid", half, kvpress, by_layer(half, "end", pyramid_kvpress)),
         case("pyramid/kvpress-fallback", "pyramid", tenth, kvpress, by_layer(tenth, "end", pyramid_kvpress)),
-        case("pyramid/kvpress-clamped", "pyramid", Budget(density=0.7), kvpress, by_layer(Budget(density=0.7), "end", pyramid_kvpress)),
+        case(
+            "pyramid/kvpress-clamped",
+            "pyramid",
+            Budget(density=0.7),
+            kvpress,
+            by_layer(Budget(density=0.7), "end", pyramid_kvpress),
+        ),
         case(
             "pyramid/30-layers", "pyramid", third, [], by_layer(third, "end", pyramid_integer), traces=("all-layers",)
         ),
     ]
     settings = ["--set", f"allocate.classes={DUO_CLASSES}"]
     out += [
-        Case("duo/prefill", "prefill", ["--cells", "--select", "block_topk", "--allocate", "duo", *settings], duo_prefill),
-        Case("duo/decode", "decode", ["--select", "quest", "--set", "select.dense_layers=[]", "--allocate", "duo", *settings], duo_decode),
+        Case(
+            "duo/prefill", "prefill", ["--cells", "--select", "block_topk", "--allocate", "duo", *settings], duo_prefill
+        ),
+        Case(
+            "duo/decode",
+            "decode",
+            ["--select", "quest", "--set", "select.dense_layers=[]", "--allocate", "duo", *settings],
+            duo_decode,
+        ),
         Case("duo/evict", "evict", ["--allocate", "duo", *settings], duo_evict),
     ]
     return out

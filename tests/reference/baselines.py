@@ -1,7 +1,5 @@
 """dense, random, oracle_topk, streaming_llm."""
 
-from functools import lru_cache
-
 import numpy as np
 
 from budgets import Budget, cached_target, step_units, tile_target, tile_units, top
@@ -15,81 +13,10 @@ from compare import (
     check_decode,
     check_eviction,
     same_choice,
-    same_scores,
     same_set,
     units_in,
 )
-
-# ---- ranking by units, shared with the families that only bring other scores
-
-
-def check_prefill_ranking(layer, dump, report, budget, unit, scores_of, forced_of=lambda t: [], min_units=0, q_tile=None):
-    """Every row reads its forced units and its best others. scores_of(head, tile, begin, end) -> [units]."""
-    view = Prefill(report, layer, dump)
-    if not view.good:
-        return
-    if q_tile is not None:
-        report.expect(view.q_tile == q_tile, f"q_tile {view.q_tile}, expected {q_tile}")
-    for head in range(layer.heads):
-        for t in range(view.tiles):
-            begin, end = view.tile(t)
-            found = units_in(report, view.where(head, t), view.row(head, t), unit, end)
-            units = -(-end // unit)
-            forced = np.array(sorted(set(forced_of(t))), dtype=int)
-            count = tile_units(budget, layer.prompt, begin, end, unit, forced, min_units)
-            if count is None:
-                same_set(report, view.where(head, t), found, np.arange(units))
-                continue
-            scores = np.array(scores_of(head, t, begin, end), dtype=np.float64)
-            free = np.ones(units, bool)
-            free[forced] = False
-            same_scores(report, view.where(head, t), dump, head * view.tiles + t, scores, free)
-            expected = np.union1d(top(scores, count, free), forced).astype(int)
-            ranked = scores.copy()
-            ranked[forced] = np.inf
-            same_choice(report, view.where(head, t), found, expected, ranked)
-    view.check_outputs()
-
-
-def check_decode_ranking(layer, dump, report, budget, unit, scores_of, current=0, gqa="none", dense=False):
-    """scores_of(step, kv_head) -> [group, units], `current` pages are forced; union: every head of the group reads the
-    union of the heads' choices."""
-    reducers = {"mean": np.mean, "sum": np.sum, "max": np.max}
-    scores_of = lru_cache(maxsize=1)(scores_of)  # the heads of a group come one after the other
-
-    def judge(step, head, found):
-        cached = layer.prompt + step + 1
-        where = f"layer {layer.index} step {step} head {head}"
-        units = -(-cached // unit)
-        forced = np.arange(max(0, units - current), units)
-        forced_tokens = cached - forced[0] * unit if len(forced) else 0
-        count = step_units(cached_target(budget, cached, unit), cached, unit, forced_tokens, len(forced))
-        chosen = units_in(report, where, found, unit, cached)
-        if dense or count is None:
-            same_set(report, where, chosen, np.arange(units))
-            return
-        scores = scores_of(step, layer.kv_of(head))
-        free = np.ones(units, bool)
-        free[forced] = False
-        if gqa == "union":
-            choices = [np.union1d(top(row, count, free), forced) for row in scores]
-            same_set(report, where, chosen, np.unique(np.concatenate(choices)).astype(int))
-            return
-        row = scores[head % layer.group] if gqa == "none" else reducers[gqa](scores, axis=0)
-        score_row = step * layer.heads + head if gqa == "none" else step * layer.kv_heads + layer.kv_of(head)
-        same_scores(report, where, dump, score_row, row, free)
-        expected = np.union1d(top(row, count, free), forced).astype(int)
-        ranked = row.copy()
-        ranked[forced] = np.inf
-        same_choice(report, where, chosen, expected, ranked)
-
-    check_decode(report, layer, dump, judge)
-
-
-def sum_units(values, unit):
-    """Sums of `unit` consecutive columns of the last axis, the last one partial."""
-    return np.add.reduceat(values, np.arange(0, values.shape[-1], unit), axis=-1)
-
+from ranking import check_decode_ranking, check_prefill_ranking, sum_units
 
 # ---- dense
 
@@ -109,7 +36,9 @@ def dense_decode(layer, dump, report):
         report,
         layer,
         dump,
-        lambda step, head, found: same_set(report, f"step {step} head {head}", found, np.arange(layer.prompt + step + 1)),
+        lambda step, head, found: same_set(
+            report, f"step {step} head {head}", found, np.arange(layer.prompt + step + 1)
+        ),
     )
 
 
@@ -150,7 +79,9 @@ def random_prefill(budget):
         args = ["--select", "random", "--cells", *budget.args()]
         same, other = (Dump(layer.trace, layer.index, "prefill", [*args, "--seed", s]) for s in ("7", "8"))
         report.expect(np.array_equal(dump["cells.indices"], same["cells.indices"]), "equal seeds, different choices")
-        report.expect(not np.array_equal(dump["cells.indices"], other["cells.indices"]), "different seeds, equal choices")
+        report.expect(
+            not np.array_equal(dump["cells.indices"], other["cells.indices"]), "different seeds, equal choices"
+        )
 
     return check
 
@@ -235,7 +166,11 @@ def oracle_evict(budget, cut):
             heads = range(kv_head * layer.group, (kv_head + 1) * layer.group)
             scores = np.mean([future_mass(layer, h, tokens) for h in heads], axis=0)
             same_choice(
-                report, f"layer {layer.index} KV head {kv_head}", found, top(scores, cached_target(budget, tokens)), scores
+                report,
+                f"layer {layer.index} KV head {kv_head}",
+                found,
+                top(scores, cached_target(budget, tokens)),
+                scores,
             )
 
         check_eviction(report, layer, dump, tokens, judge)
@@ -290,9 +225,7 @@ def streaming_evict(budget, cut):
     def check(layer, dump, report):
         tokens = layer.trace.cut(cut)
         expected = sinks_and_recent(cached_target(budget, tokens), tokens)
-        check_eviction(
-            report, layer, dump, tokens, lambda h, found: same_set(report, f"KV head {h}", found, expected)
-        )
+        check_eviction(report, layer, dump, tokens, lambda h, found: same_set(report, f"KV head {h}", found, expected))
 
     return check
 
@@ -355,7 +288,9 @@ def cases():
     out = [
         Case("dense/prefill", "prefill", [*select, "dense"], dense_prefill, "one", extra=True),
         Case("dense/decode", "decode", ["--select", "dense"], dense_decode, extra=True),
-        Case("random/prefill", "prefill", [*select, "random", *fifth.args(), "--seed", "7"], random_prefill(fifth), "one"),
+        Case(
+            "random/prefill", "prefill", [*select, "random", *fifth.args(), "--seed", "7"], random_prefill(fifth), "one"
+        ),
         Case("random/decode", "decode", ["--select", "random", *fifth.args()], random_decode(fifth), "one"),
         Case("streaming_llm/prefill", "prefill", [*select, "streaming_llm", *tenth.args()], streaming_prefill(tenth)),
         Case("streaming_llm/decode", "decode", ["--select", "streaming_llm", *tenth.args()], streaming_decode(tenth)),
@@ -372,7 +307,9 @@ def cases():
     for unit, length in (("token", 1), ("page", 16), ("block", 64)):
         args = ["oracle_topk", "--set", f"select.unit={unit}", *tenth.args()]
         layers = "one" if unit == "token" else "all"
-        out.append(Case(f"oracle_topk/{unit}/prefill", "prefill", [*select, *args], oracle_prefill(tenth, length), layers))
+        out.append(
+            Case(f"oracle_topk/{unit}/prefill", "prefill", [*select, *args], oracle_prefill(tenth, length), layers)
+        )
         out.append(
             Case(f"oracle_topk/{unit}/decode", "decode", ["--select", *args], oracle_decode(tenth, length), extra=True)
         )
@@ -402,7 +339,9 @@ def cases():
     for cut in ("end", "before_question"):
         at = ["--cut", cut]
         out.append(Case(f"dense/{cut}", "evict", [*evict, "dense", *at], dense_evict(cut), "one"))
-        out.append(Case(f"random/{cut}", "evict", [*evict, "random", *at, *fifth.args()], random_evict(fifth, cut), "one"))
+        out.append(
+            Case(f"random/{cut}", "evict", [*evict, "random", *at, *fifth.args()], random_evict(fifth, cut), "one")
+        )
         out.append(
             Case(f"oracle_topk/{cut}", "evict", [*evict, "oracle_topk", *at, *tenth.args()], oracle_evict(tenth, cut))
         )

@@ -2,9 +2,9 @@
 
 import numpy as np
 
-from baselines import check_prefill_ranking
 from budgets import Budget
 from compare import TIE, Case, Prefill, same_set, units_in
+from ranking import check_prefill_ranking
 
 
 def pooled(x, block):
@@ -101,7 +101,13 @@ def cases():
     fifth = Budget(density=0.2)
     sf = ["--set", "select.preset=sparse_frontier"]
     return [
-        Case("block_topk/density", "prefill", ["--scores", *select, "block_topk", *fifth.args()], block_topk(fifth), extra=True),
+        Case(
+            "block_topk/density",
+            "prefill",
+            ["--scores", *select, "block_topk", *fifth.args()],
+            block_topk(fifth),
+            extra=True,
+        ),
         Case("block_topk/default", "prefill", [*select, "block_topk"], block_topk(Budget(units=100)), "one"),
         Case(
             "block_topk/top",

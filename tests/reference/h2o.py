@@ -19,22 +19,23 @@ class Simulation:
             self.sums[row, :cut] = layer.window_mass(head, 0, cut)
         self.cache = np.arange(cut)
         self.evict()
-        self.at_cut = self.cache
-        self.reads = {}
+        self.at_cut = self.cache, self.ranked
+        self.reads = {}  # what the query at a position reads, and the scores that the last eviction ranked
         for at in range(cut, layer.length):
             self.cache = np.append(self.cache, at)
-            self.reads[at] = self.cache
+            self.reads[at] = self.cache, self.ranked
             for row, head in enumerate(self.heads):
                 p = layer.rows(head, at, at + 1)[0][0, self.cache]
                 self.sums[row, self.cache] += p / p.sum()
             self.evict()
 
     def evict(self):
-        self.scores = self.sums.mean(axis=0)
+        self.ranked = np.full(self.sums.shape[1], np.inf)
         if len(self.cache) <= self.target:
             return
         older = self.cache[: len(self.cache) - self.recent]
-        best = older[top(self.scores[older], self.heavy)]
+        self.ranked[older] = self.sums[:, older].mean(axis=0)
+        best = older[top(self.ranked[older], self.heavy)]
         self.cache = np.concatenate([best, self.cache[len(self.cache) - self.recent :]])
 
 
@@ -44,12 +45,11 @@ def h2o(budget, cut, heavy=0.5):
         runs = [Simulation(layer, h, tokens, budget, heavy) for h in range(layer.kv_heads)]
 
         def judge(kv_head, found):
-            run = runs[kv_head]
-            same_choice(report, f"layer {layer.index} KV head {kv_head}", found, run.at_cut, run.scores)
+            same_choice(report, f"layer {layer.index} KV head {kv_head}", found, *runs[kv_head].at_cut)
 
         def reads(kv_head, at):
             mask = np.zeros(at + 1, bool)
-            mask[runs[kv_head].reads[at]] = True
+            mask[runs[kv_head].reads[at][0]] = True
             return mask
 
         check_eviction(report, layer, dump, tokens, judge, reads)
@@ -66,7 +66,7 @@ def h2o_decode(budget):
         def judge(step, head, found):
             run = runs[layer.kv_of(head)]
             where = f"layer {layer.index} step {step} head {head}"
-            same_choice(report, where, found, run.reads[layer.prompt + step], run.scores)
+            same_choice(report, where, found, *run.reads[layer.prompt + step])
 
         check_decode(report, layer, dump, judge)
 
@@ -99,5 +99,10 @@ def cases():
         Case("h2o/before_question", "evict", [*evict, "--cut", "before_question"], h2o(fifth, "before_question")),
         Case("h2o/heavy", "evict", [*evict, "--cut", "end", "--set", "evict.heavy=0.8"], h2o(fifth, "end", 0.8), "one"),
         Case("h2o/decode", "decode", evict, h2o_decode(fifth)),
-        Case("h2o/normalise", "evict", [*evict, "--cut", "end", "--set", "evict.normalise=true"], normalised(fifth, "end")),
+        Case(
+            "h2o/normalise",
+            "evict",
+            [*evict, "--cut", "end", "--set", "evict.normalise=true"],
+            normalised(fifth, "end"),
+        ),
     ]

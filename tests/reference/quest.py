@@ -2,9 +2,9 @@
 
 import numpy as np
 
-from baselines import check_decode_ranking
 from budgets import Budget
 from compare import Case
+from ranking import check_decode_ranking
 
 
 def page_scores(keys, queries, page):
@@ -21,9 +21,7 @@ def quest(budget, page=16, gqa="none", recent=1, dense_layers=()):
             heads = slice(kv_head * layer.group, (kv_head + 1) * layer.group)
             return page_scores(layer.k[kv_head, : at + 1], layer.q[heads, at], page)
 
-        check_decode_ranking(
-            layer, dump, report, budget, page, scores, recent, gqa, dense=layer.index in dense_layers
-        )
+        check_decode_ranking(layer, dump, report, budget, page, scores, recent, gqa, dense=layer.index in dense_layers)
 
     return check
 

@@ -12,6 +12,7 @@ import os
 import sys
 import time
 from pathlib import Path
+from trace import Layer, Trace
 
 import allocators
 import baselines
@@ -23,7 +24,6 @@ import snapkv
 import twilight
 import vertical_slash
 from compare import CLI, ROOT, Dump, Report, check_metadata
-from trace import Layer, Trace
 
 FAMILIES = (baselines, quest, snapkv, h2o, vertical_slash, blocks, magicpig, twilight, allocators)
 SHIPPED = ROOT / "scenarios/data/smollm2-needles-2k.safetensors"

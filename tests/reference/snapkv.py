@@ -85,9 +85,7 @@ def snapkv_then_quest(evict_budget, select_budget, page=16):
         cut = layer.prompt
         rule = PRESETS["longbench"]
         kept = [
-            keep(
-                snapkv_scores(layer, h, cut, rule)[0], cached_target(evict_budget, cut), forced_tokens(cut, rule)
-            )
+            keep(snapkv_scores(layer, h, cut, rule)[0], cached_target(evict_budget, cut), forced_tokens(cut, rule))
             for h in range(layer.kv_heads)
         ]
 
@@ -124,13 +122,13 @@ def cases():
     for preset, rule in PRESETS.items():
         settings = [] if preset == "longbench" else [f"evict.preset={preset}"]
         for cut in ("end", "before_question"):
-            out.append(
-                case(f"{preset}/{cut}", cut, tenth, settings, snapkv(tenth, cut, rule), extra=cut == "end")
-            )
+            out.append(case(f"{preset}/{cut}", cut, tenth, settings, snapkv(tenth, cut, rule), extra=cut == "end"))
     longbench = PRESETS["longbench"]
     for gqa in ("max", "sum", "union"):
         out.append(
-            case(gqa, "end", quarter, [f"evict.gqa={gqa}"], snapkv(quarter, "end", longbench, gqa), extra=gqa == "union")
+            case(
+                gqa, "end", quarter, [f"evict.gqa={gqa}"], snapkv(quarter, "end", longbench, gqa), extra=gqa == "union"
+            )
         )
     out += [
         case(

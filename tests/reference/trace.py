@@ -51,6 +51,7 @@ class Layer:
     def __init__(self, trace, index):
         self.trace, self.index = trace, index
         self.q, self.k, self.v = (trace.tensors[f"layers.{index}.{x}"].astype(np.float64) for x in "qkv")
+        self.v_norms = np.linalg.norm(self.v, axis=2)
         self.scale = float(trace.scales[str(index)])
         self.heads, self.length, self.dim = self.q.shape
         self.kv_heads = self.k.shape[0]

@@ -2,7 +2,7 @@
 
 import numpy as np
 
-from budgets import Budget, cached_target, step_units, top
+from budgets import Budget, cached_target, step_units
 from compare import TIE, Case, check_decode
 from quest import page_scores
 
@@ -60,7 +60,9 @@ def twilight(base_budget, top_p=0.85, budget=None, dense_layers=()):
             if scores[order[count - 1]] - scores[order[count]] <= TIE * abs(scores[order[count]]):
                 bases.append(np.append(order[: count - 1], order[count]))
             for pages in bases:
-                base = np.concatenate([np.arange(u * PAGE, min((u + 1) * PAGE, cached)) for u in (*np.sort(pages), last)])
+                base = np.concatenate(
+                    [np.arange(u * PAGE, min((u + 1) * PAGE, cached)) for u in (*np.sort(pages), last)]
+                )
                 logits = keys[h, base] @ q * layer.scale
                 p = np.exp(logits - logits.max())
                 p /= p.sum()
@@ -74,7 +76,9 @@ def twilight(base_budget, top_p=0.85, budget=None, dense_layers=()):
                     report.elements += len(expected)
                     return
             missing, extra = np.setdiff1d(expected, found), np.setdiff1d(found, expected)
-            report.fail(f"{where}: {len(found)} tokens, expected {len(expected)}: missing {missing[:4]}, extra {extra[:4]}")
+            report.fail(
+                f"{where}: {len(found)} tokens, expected {len(expected)}: missing {missing[:4]}, extra {extra[:4]}"
+            )
 
         check_decode(report, layer, dump, judge)
 

@@ -114,7 +114,10 @@ def vertical_slash(density=None, pair=None, last_q=64, forced=(30, 100), lower=l
             tried = []
             for change in [(0, 0), (1, 0), (0, 1), (1, 1)]:
                 ranked = []
-                for order, mass, count, swap in ((columns, column_mass, v, change[0]), (offsets, diagonal_mass, s, change[1])):
+                for order, mass, count, swap in (
+                    (columns, column_mass, v, change[0]),
+                    (offsets, diagonal_mass, s, change[1]),
+                ):
                     order = order.copy()
                     if swap:
                         if count >= n or mass[order[count - 1]] - mass[order[count]] > TIE * mass[order[count - 1]]:

@@ -203,11 +203,13 @@ std::vector<RowLists> rank_all(Setting& s, Choice& out, Rows& all) {
         rank_normalise(scores.value, ranked.count(), units, count);
         out.rank_normalised = true;
       }
+      const std::vector<i64> before(budget.pairs, budget.pairs + ranked.count());
       s.allocator->allocate_rows(s.cache, s.span, &scores, budget);
       if (s.options.check) check_budget(s.allocator->culprit("allocate_rows"), budget, total);
       for (i64 r = 0; r < ranked.count(); ++r) {
         const RowSlots at = s.slots(ranked, r);
-        budget.tokens[r] = budget.pairs[r] / (at.end - at.begin);
+        if (budget.pairs[r] != before[static_cast<std::size_t>(r)])
+          budget.tokens[r] = budget.pairs[r] / (at.end - at.begin);
       }
     }
     std::vector<BudgetAccount> accounts(static_cast<std::size_t>(ranked.count()));

@@ -98,7 +98,9 @@ class Tabulator {
     auto& methods = group->methods;
     auto method = std::find_if(methods.begin(), methods.end(), [&](const Method& m) { return m.settings == settings; });
     if (method == methods.end()) {
-      const std::string label = cell.label + hidden_budgets(cell, row.phase);
+      // In decode, an eviction that nothing selects from stands beside selections of the same name.
+      const bool evicted = row.phase == ReplayPhase::decode && !cell.select;
+      const std::string label = cell.label + (evicted ? " (evict)" : "") + hidden_budgets(cell, row.phase);
       method = methods.insert(method, {settings, is_baseline(cell, row.phase), {label, {}, {}}});
     }
     auto& cells = method->rows.cells;
