@@ -209,6 +209,7 @@ struct VerticalSlash : Strategy {
     const Rows rows = budget.rows;
     const i64 tiles = rows.tiles, length = h.length;
     const i64* target = budget.pairs;
+    const double density = budget.density;
     i64* pairs = c.workspace<i64>(rows.count());
     c.for_each(h.count, [=] LACUNA_HD(i64 i) { h.hi[i] = static_cast<i32>(length) + 1; });
     i32 rounds = 0;
@@ -223,9 +224,15 @@ struct VerticalSlash : Strategy {
       choose(c, h);
       lower(c, rows, h, nullptr, pairs);
       c.for_each(h.count, [=] LACUNA_HD(i64 i) {
-        i64 room = 0;
-        for (i64 row = i * tiles; row < (i + 1) * tiles; ++row) room += target[row] - pairs[row];
-        if (room >= 0)
+        double limit = 0, used = 0;  // a density bounds the head's pairs itself, finer than its rows' whole K
+        for (i64 row = i * tiles; row < (i + 1) * tiles; ++row) {
+          const i64 first = rows.first_position + rows.query_begin(row),
+                    last = rows.first_position + rows.query_end(row);
+          const double visible = .5 * static_cast<double>((last - first) * (first + last + 1));
+          limit += density > 0 ? density * visible : static_cast<double>(target[row]);
+          used += static_cast<double>(pairs[row]);
+        }
+        if (used <= limit)
           h.lo[i] = h.n_tried[i];
         else if (probe < 1)
           h.hi[i] = h.n_tried[i];

@@ -293,7 +293,7 @@ class Prefill:
             union[max(0, begin - self.window[row] + 1) :] = True
         self.report.expect(
             np.array_equal(np.flatnonzero(union), self.cells[row]),
-            f"{self.where(row // self.tiles, row % self.tiles)}: cells are not the union of pieces, columns and exact parts",
+            f"{self.where(row // self.tiles, row % self.tiles)}: cells are not the union of the row's parts",
         )
 
     def check_outputs(self):

@@ -2,7 +2,7 @@
 
 import numpy as np
 
-from budgets import Budget, tile_target
+from budgets import Budget
 from compare import TIE, Case, Prefill
 
 TILE = 64
@@ -26,7 +26,7 @@ def ranking(mass, forced):
 
 
 def lower_minference(columns, offsets, begin, prompt):
-    """Ranges [a, b) that the offsets cover for the queries [begin, begin + 64), far to near, and the columns outside."""
+    """Pieces that the offsets cover for the queries [begin, begin + 64), far to near, and the columns outside."""
     end = begin + TILE
     ranges = []
     for o in sorted(offsets, reverse=True):
@@ -106,7 +106,7 @@ def vertical_slash(density=None, pair=None, last_q=64, forced=(30, 100), lower=l
             column_mass, diagonal_mass = column_and_diagonal_mass(layer, head, last_q)
             columns, offsets = ranking(column_mass, forced[0]), ranking(diagonal_mass, forced[1])
             if pair is None:
-                limit = sum(tile_target(Budget(density), n, *view.tile(t), 1)[1] for t in range(view.tiles))
+                limit = density * n * (n + 1) / 2
                 size = largest_n(lower, columns, offsets, *forced, n, limit)
                 v, s = max(forced[0], size), max(forced[1], size)
             else:

@@ -119,6 +119,7 @@ Eviction decide_eviction(StrategyRuntime* strategy, StrategyRuntime* allocator, 
   OwnedBudget owned(rows);
   Budget& budget = owned.view();
   budget.limited = out.limited;
+  budget.density = budget_spec.kind == BudgetSpec::Kind::density ? budget_spec.value : 0;
   budget.sinks = plan.sinks;
   budget.recent = plan.recent;
   // An allocator shares out the whole target, also what a head that is shorter by now leaves of its own.

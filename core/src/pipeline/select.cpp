@@ -50,6 +50,7 @@ OwnedBudget targets(const Setting& s, const Rows& rows) {
   Budget& b = out.view();
   b.limited = s.budget().kind == BudgetSpec::Kind::density || s.budget().kind == BudgetSpec::Kind::tokens ||
               s.budget().kind == BudgetSpec::Kind::units;
+  b.density = s.budget().kind == BudgetSpec::Kind::density ? s.budget().value : 0;
   b.sinks = s.plan().sinks;
   b.recent = s.plan().recent;
   for (i64 r = 0; r < rows.count(); ++r) {

@@ -68,6 +68,27 @@ void mark_account(PhaseRun& run, const BudgetAccount& a) {
   if (a.floor) run.marks.push_back("floor");
 }
 
+/// An eviction that keeps more or less than it was asked to, by more than 1 % and one token a head.
+void mark_kept(PhaseRun& run, const Eviction& e, i32 num_kv_heads) {
+  if (!e.limited || e.floor) return;
+  const double target = static_cast<double>(e.target_tokens * num_kv_heads);
+  if (std::abs(e.kept_tokens - target) > std::max(0.01 * target, static_cast<double>(num_kv_heads)))
+    run.marks.push_back("off-budget");
+}
+
+/// The same of a selection. An explicit choice exceeds its target only where its forced part does not fit; a wrapper's
+/// budget is a bound, so it may read less; what causality cuts off listed units excuses a shortfall.
+void mark_read(PhaseRun& run, const BudgetAccount& a, const sdk::Entry& entry) {
+  if (a.floor) return;
+  const double off = a.realised_pairs - a.target_pairs, one_percent = 0.01 * a.target_pairs;
+  if (entry.mark && off > one_percent)
+    run.marks.push_back("floor");
+  else if (off > std::max(one_percent, a.slack_pairs))
+    run.marks.push_back("off-budget");
+  else if (!entry.refine && -off > std::max(one_percent, a.slack_pairs + a.causal_loss))
+    run.marks.push_back("off-budget");
+}
+
 /// Prefill: select over the whole prompt.
 void run_prefill(PhaseRun& run, LayerPipeline& pipeline, Collector& collect, i64 queries) {
   Step step = pipeline.prefill();
@@ -248,25 +269,10 @@ PhaseRun run_phase(LayerReplay& layer, const TraceInfo& info, const Cell& cell, 
     run.realised_head = run.realised_union = eviction.kept_tokens / eviction.cached_tokens;
     run.target_share =
         eviction.limited ? static_cast<double>(eviction.target_tokens * l.num_kv_heads) / eviction.cached_tokens : 0;
-    const double over = std::abs(eviction.kept_tokens - static_cast<double>(eviction.target_tokens * l.num_kv_heads));
     const bool free_union = cell.evict && cell.evict->common().gqa == Gqa::union_;
-    if (eviction.limited && !eviction.floor && !free_union &&
-        over > std::max(0.01 * eviction.cached_tokens * run.target_share, static_cast<double>(l.num_kv_heads)))
-      run.marks.push_back("off-budget");
-  } else if (run.target_share > 0) {
-    const BudgetAccount& a = collect.account();
-    const bool free_union = cell.select && cell.select->common().gqa == Gqa::union_;
-    const double off = a.realised_pairs - a.target_pairs;
-    const sdk::Entry& entry = roles.select->type->entry();
-    const double one_percent = 0.01 * a.target_pairs;
-    if (a.floor || free_union) {
-    } else if (entry.mark && off > one_percent) {
-      run.marks.push_back("floor");  // an explicit choice exceeds its target only where its forced part does not fit
-    } else if (off > std::max(one_percent, a.slack_pairs)) {
-      run.marks.push_back("off-budget");
-    } else if (!entry.refine && -off > std::max(one_percent, a.slack_pairs + a.causal_loss)) {
-      run.marks.push_back("off-budget");  // a wrapper's budget is a bound, so it may read less
-    }
+    if (!free_union) mark_kept(run, eviction, l.num_kv_heads);
+  } else if (run.target_share > 0 && cell.select->common().gqa != Gqa::union_) {
+    mark_read(run, collect.account(), cell.select->type->entry());
   }
   if (phase == ReplayPhase::decode && !cell.select) {  // nothing is selected: what is cached is what is read
     run.realised_head = run.realised_union = run.read_share;
