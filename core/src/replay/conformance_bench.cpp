@@ -25,7 +25,7 @@ bool has_parameter(const StrategyType& type, RoleKind role, const std::string& n
 }
 
 bool same_bits(const std::vector<float>& a, const std::vector<float>& b) {
-  return a.size() == b.size() && std::memcmp(a.data(), b.data(), a.size() * sizeof(float)) == 0;
+  return a.size() == b.size() && (a.empty() || std::memcmp(a.data(), b.data(), a.size() * sizeof(float)) == 0);
 }
 
 std::vector<Use> uses_of(const StrategyType& type) {
