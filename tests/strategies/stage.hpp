@@ -223,7 +223,8 @@ class Stage final : public sdk::Services {
               ints.data() + 2 * n,
               stage.entry_.takes_budget,
               stage.plan_.sinks,
-              stage.plan_.recent};
+              stage.plan_.recent,
+              /*density=*/.25};
     }
     Array<i64> longs;
     Array<i32> ints;
