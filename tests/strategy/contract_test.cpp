@@ -41,7 +41,7 @@ struct ScoreTable {
 struct BudgetTable {
   std::vector<i64> tokens = std::vector<i64>(4, 4), pairs = std::vector<i64>(4, 16);
   std::vector<i32> rule = std::vector<i32>(4, 0), sinks = std::vector<i32>(4, 0), recent = std::vector<i32>(4, 0);
-  Budget budget{kPrefill, tokens.data(), pairs.data(), rule.data(), sinks.data(), recent.data(), 1, 0, 0};
+  Budget budget{kPrefill, tokens.data(), pairs.data(), rule.data(), sinks.data(), recent.data(), 1, 0, 0, 0};
   BudgetTable() = default;
   BudgetTable(const BudgetTable&) = delete;
 };
