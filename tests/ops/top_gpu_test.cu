@@ -1,6 +1,7 @@
 #include <cstring>
 #include <numeric>
 
+#include "lacuna/base/error.hpp"
 #include "ops/gpu_fixture.hpp"
 
 using namespace lacuna;
@@ -154,4 +155,68 @@ TEST_CASE("GPU: topp takes what the CPU takes") {
   }
   const Rows long_rows({softmax_like(131072, 6, 2.f), softmax_like(100001, 9, 4.f)}, 131072);
   for (const double p : {0.5, 0.9, 0.99, 1.}) CHECK(first_difference(s.cpu, s.gpu, long_rows, nullptr, p) == -1);
+}
+
+TEST_CASE("GPU: top_mass takes what the CPU takes") {
+  Sides s;
+  std::vector<std::vector<float>> content = inputs();
+  content.push_back({0.f, -0.f, 0.25f, -kInf, 0.25f, 0.f});
+  content.push_back(softmax_like(100001, 9, 4.f));
+  content.push_back(std::vector<float>(100000, 0x1p-20f));
+  for (std::vector<float>& x : content)
+    for (float& v : x)  // few digits, so that sums are exact on both sides
+      if (std::isfinite(v)) v = std::round(v * 0x1p20f) * 0x1p-20f;
+  for (const i64 stride : {100001, 100352}) {
+    const Rows rows(content, stride);
+    for (const double share : {-1., 0., 1e-6, 0.3, 0.5, 0.95, 1., 2.}) {
+      CAPTURE(share);
+      std::vector<double> target;
+      for (i32 r = 0; r < rows.count(); ++r) {
+        double positive = 0;
+        for (i32 i = 0; i < rows.n[static_cast<std::size_t>(r)]; ++i)
+          if (const float v = rows.values[static_cast<std::size_t>(r * stride + i)]; v > 0 && std::isfinite(v))
+            positive += v;
+        target.push_back(share == 2. ? positive + 1. : share * positive);
+      }
+      std::vector<i32> out(rows.values.size(), -1), count(rows.n.size(), -1);
+      s.cpu.ops.top_mass(rows.values.data(), rows.count(), stride, rows.n.data(), target.data(), out.data(),
+                         count.data(), stride);
+      i32* taken = s.gpu.put(std::vector<i32>(rows.values.size(), -1));
+      i32* taken_count = s.gpu.put(std::vector<i32>(rows.n.size(), -1));
+      s.gpu.ops.top_mass(s.gpu.put(rows.values), rows.count(), stride, s.gpu.put(rows.n), s.gpu.put(target), taken,
+                         taken_count, stride);
+      CHECK(s.gpu.get(taken_count, rows.count()) == count);
+      CHECK(s.gpu.get(taken, static_cast<i64>(out.size())) == out);
+      s.gpu.kept.resize(6);
+    }
+  }
+  CHECK_THROWS_AS(s.gpu.ops.top_mass(nullptr, 1, (1 << 20) + 1, nullptr, nullptr, nullptr, nullptr, 1), Error);
+}
+
+TEST_CASE("GPU: rank_normalise writes the CPU's bits, whatever number of rows the workspace holds") {
+  Sides s;
+  std::vector<std::vector<float>> content = inputs();
+  content.push_back(random_floats(100003, 11));
+  content.push_back(std::vector<float>(100000, -0.f));
+  std::vector<float> zeros(9999);
+  for (std::size_t i = 0; i < zeros.size(); ++i) zeros[i] = i % 3 == 0 ? 0.f : i % 3 == 1 ? -0.f : -kInf;
+  content.push_back(zeros);
+  const Rows rows(content, 100003);
+  Rows expected = rows;
+  s.cpu.ops.rank_normalise(expected.values.data(), rows.count(), rows.stride, rows.n.data());
+  const i32* n = s.gpu.put(rows.n);
+  for (const i64 room : {1, 3, 32}) {
+    CAPTURE(room);
+    const std::size_t bytes = CudaOps::workspace_bytes({0, 1, static_cast<i32>(room), 1, 8, 1.f, 0}, 1, rows.stride, 1);
+    Buffer<unsigned char> workspace(s.gpu.device, static_cast<i64>(bytes));
+    CudaOps ops(s.gpu.call, s.gpu.cost, workspace.data(), bytes);
+    float* values = s.gpu.put(rows.values);
+    ops.rank_normalise(values, rows.count(), rows.stride, n);
+    const auto found = s.gpu.get(values, static_cast<i64>(rows.values.size()));
+    CHECK(std::memcmp(found.data(), expected.values.data(), found.size() * sizeof(float)) == 0);
+  }
+  CudaOps without(s.gpu.call, s.gpu.cost, s.gpu.workspace, 256);
+  float* values = s.gpu.put(rows.values);
+  CHECK_THROWS_WITH_AS(without.rank_normalise(values, rows.count(), rows.stride, n), doctest::Contains("256 bytes"),
+                       Error);
 }

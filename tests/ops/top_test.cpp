@@ -1,3 +1,4 @@
+#include <cstring>
 #include <numeric>
 
 #include "ops/ops_fixture.hpp"
@@ -39,32 +40,43 @@ std::vector<std::vector<float>> inputs() {
   return out;
 }
 
+// The rows one under the other; what lies past a row's end must not be read.
+struct Rows {
+  explicit Rows(const std::vector<std::vector<float>>& content, i64 stride) : stride(stride) {
+    values.assign(content.size() * static_cast<std::size_t>(stride), 1e9f);
+    for (std::size_t r = 0; r < content.size(); ++r) {
+      std::copy(content[r].begin(), content[r].end(),
+                values.begin() + static_cast<std::ptrdiff_t>(r * static_cast<std::size_t>(stride)));
+      n.push_back(static_cast<i32>(content[r].size()));
+    }
+  }
+  i32 count() const { return static_cast<i32>(n.size()); }
+  const float* row(i64 r) const { return values.data() + r * stride; }
+  i64 stride;
+  std::vector<float> values;
+  std::vector<i32> n;
+};
+
 }  // namespace
 
 TEST_CASE("topk: exact, ties to the lower index, -inf never taken, ascending") {
   PagedFixture cache({consecutive(1)}, 8);
   OpsFixture f({0, 1, 1, 1, 8, 1.f, 0}, cache.view());
-  const auto rows = inputs();
-  const i64 stride = 5001;
-  std::vector<float> values(rows.size() * stride, 1e9f);  // what lies past a row's end must not be read
-  std::vector<i32> n;
-  for (std::size_t r = 0; r < rows.size(); ++r) {
-    std::copy(rows[r].begin(), rows[r].end(), values.begin() + static_cast<std::ptrdiff_t>(r * stride));
-    n.push_back(static_cast<i32>(rows[r].size()));
-  }
+  const Rows rows(inputs(), 5001);
   for (const i32 k : {0, 1, 2, 99, 1000, 2999, 6000}) {
     CAPTURE(k);
-    const std::vector<i32> ks(rows.size(), k);
-    std::vector<i32> out(rows.size() * stride, -1), count(rows.size(), -1);
-    REQUIRE(f.ops.topk(values.data(), static_cast<i32>(rows.size()), stride, n.data(), ks.data(), out.data(),
-                       count.data(), stride, &f.error) == 0);
-    for (std::size_t r = 0; r < rows.size(); ++r) {
+    const std::vector<i32> ks(rows.n.size(), k);
+    std::vector<i32> out(rows.values.size(), -1), count(rows.n.size(), -1);
+    REQUIRE(f.ops.topk(rows.values.data(), rows.count(), rows.stride, rows.n.data(), ks.data(), out.data(),
+                       count.data(), rows.stride, &f.error) == 0);
+    for (i32 r = 0; r < rows.count(); ++r) {
       CAPTURE(r);
-      auto expected = ranking(values.data() + r * stride, n[r]);
+      const auto row = static_cast<std::size_t>(r);
+      auto expected = ranking(rows.row(r), rows.n[row]);
       expected.resize(std::min(expected.size(), static_cast<std::size_t>(k)));
       std::sort(expected.begin(), expected.end());
-      const auto begin = out.begin() + static_cast<std::ptrdiff_t>(r * stride);
-      CHECK(std::vector<i32>(begin, begin + count[r]) == expected);
+      const auto begin = out.begin() + static_cast<std::ptrdiff_t>(r * rows.stride);
+      CHECK(std::vector<i32>(begin, begin + count[row]) == expected);
     }
   }
 }
@@ -110,4 +122,68 @@ TEST_CASE("topp: the shortest descending prefix with the crossing element, cappe
   i32 out[3], count = -1;
   REQUIRE(f.ops.topp(zeros, 1, 3, &n, nullptr, 0.9, out, &count, 3, &f.error) == 0);
   CHECK(count == 0);
+}
+
+TEST_CASE("top_mass: the shortest descending prefix that reaches each row's target") {
+  PagedFixture cache({consecutive(1)}, 8);
+  OpsFixture f({0, 1, 1, 1, 8, 1.f, 0}, cache.view());
+  std::vector<std::vector<float>> content = inputs();
+  for (std::vector<float>& x : content)
+    for (float& v : x)
+      if (std::isfinite(v)) v = std::round(v * 64.f) * 0x1p-10f;  // exact sums, -0 among the values
+  content.push_back({0.f, -0.f, 0.25f, -kInf, 0.25f, 0.f});
+  const Rows rows(content, 5001);
+  for (const double share : {-1., 0., 1e-3, 0.3, 0.5, 1., 1.5}) {  // of what is above 0
+    CAPTURE(share);
+    std::vector<double> target;
+    std::vector<std::vector<i32>> expected;
+    for (i32 r = 0; r < rows.count(); ++r) {
+      const float* x = rows.row(r);
+      const std::vector<i32> order = ranking(x, rows.n[static_cast<std::size_t>(r)]);
+      double positive = 0, sum = 0;
+      for (const i32 i : order)
+        if (x[i] > 0 && std::isfinite(x[i])) positive += x[i];
+      target.push_back(share == 1.5 ? positive + 1 : share * positive);
+      std::vector<i32>& row = expected.emplace_back();
+      for (const i32 i : order) {
+        if (!(sum < target.back())) break;
+        sum += x[i];
+        row.push_back(i);
+      }
+      std::sort(row.begin(), row.end());
+    }
+    std::vector<i32> out(rows.values.size(), -1), count(rows.n.size(), -1);
+    f.ops.top_mass(rows.values.data(), rows.count(), rows.stride, rows.n.data(), target.data(), out.data(),
+                   count.data(), rows.stride);
+    for (i32 r = 0; r < rows.count(); ++r) {
+      CAPTURE(r);
+      const auto begin = out.begin() + static_cast<std::ptrdiff_t>(r * rows.stride);
+      CHECK(std::vector<i32>(begin, begin + count[static_cast<std::size_t>(r)]) ==
+            expected[static_cast<std::size_t>(r)]);
+    }
+  }
+}
+
+TEST_CASE("rank_normalise: ranks over the row's length in place of finite values, all else as it was") {
+  PagedFixture cache({consecutive(1)}, 8);
+  OpsFixture f({0, 1, 1, 1, 8, 1.f, 0}, cache.view());
+  Rows rows(inputs(), 5001);
+  std::vector<float> expected = rows.values;
+  for (i32 r = 0; r < rows.count(); ++r) {
+    const i32 n = rows.n[static_cast<std::size_t>(r)];
+    const std::vector<i32> order = ranking(rows.row(r), n);
+    for (std::size_t rank = 0; rank < order.size(); ++rank)
+      if (const i64 at = r * rows.stride + order[rank]; std::isfinite(expected[static_cast<std::size_t>(at)]))
+        expected[static_cast<std::size_t>(at)] = 1.f - static_cast<float>(rank) / static_cast<float>(n);
+  }
+  f.ops.rank_normalise(rows.values.data(), rows.count(), rows.stride, rows.n.data());
+  CHECK(std::memcmp(rows.values.data(), expected.data(), expected.size() * sizeof(float)) == 0);
+}
+
+TEST_CASE("make_ops: the CPU's for a call on the CPU, without a workspace") {
+  PagedFixture cache({consecutive(1)}, 8);
+  OpsFixture f({0, 1, 1, 1, 8, 1.f, 0}, cache.view());
+  CHECK(ops_workspace_bytes(false, f.call.layer, 1, 1000, 1000) == 0);
+  const std::unique_ptr<CoreOps> ops = make_ops(f.call, f.cost, nullptr, 0);
+  CHECK(dynamic_cast<CpuOps*>(ops.get()) != nullptr);
 }

@@ -1,7 +1,9 @@
-// Top-k and top-p of rows without sorting them: a radix descent finds the value of the last element taken, and one pass
-// in index order emits what is above it and the first of its ties.
+// Top-k and top-p (or a mass) of rows without sorting them: a radix descent finds the value of the last element taken,
+// and one pass in index order emits what is above it and the first of its ties.
 #include <algorithm>
 #include <bit>
+#include <cmath>
+#include <functional>
 #include <limits>
 #include <vector>
 
@@ -116,27 +118,37 @@ i32 topk_row(const float* x, i32 n, i32 k, i32* out) {
   return taken;
 }
 
-// Elements of the shortest descending prefix that sums to p of the whole. Sums go by leading digit, descending, and by
-// element within the digit that crosses; the whole is the same sum, so p = 1 takes everything that is not zero.
-i32 prefix_length(const float* x, i32 n, double p) {
-  std::vector<double> sum(kDigits, 0.);
-  std::vector<i32> count(kDigits, 0);
-  for (i32 i = 0; i < n; ++i) {
-    const u32 key = key_of(x[i]);
-    if (key == 0) continue;
-    sum[key >> 21] += x[i];
-    ++count[key >> 21];
+// Sums and numbers of a row's candidates by leading digit. A digit's values share their exponent, so its sum is exact.
+struct Digits {
+  std::vector<double> sum = std::vector<double>(kDigits, 0.);
+  std::vector<i32> count = std::vector<i32>(kDigits, 0);
+
+  Digits(const float* x, i32 n) {
+    for (i32 i = 0; i < n; ++i) {
+      const u32 key = key_of(x[i]);
+      if (key == 0) continue;
+      sum[key >> 21] += x[i];
+      ++count[key >> 21];
+    }
   }
-  double whole = 0;
-  for (u32 d = kDigits; d-- > 0;) whole += sum[d];
-  const double target = p * whole;
+  // In prefix_length's order, so that a target of all of it takes everything that is not zero.
+  double whole() const {
+    double out = 0;
+    for (u32 d = kDigits; d-- > 0;) out += sum[d];
+    return out;
+  }
+};
+
+// Elements of the shortest descending prefix that sums to `target`, all where none does. Sums go by leading digit,
+// descending, and by element within the digit that crosses.
+i32 prefix_length(const float* x, i32 n, const Digits& digits, double target) {
   double before = 0;
   i32 length = 0;
   if (!(before < target)) return 0;
   for (u32 d = kDigits; d-- > 0;) {
-    if (before + sum[d] < target) {
-      before += sum[d];
-      length += count[d];
+    if (before + digits.sum[d] < target) {
+      before += digits.sum[d];
+      length += digits.count[d];
       continue;
     }
     std::vector<float> inside;
@@ -151,6 +163,16 @@ i32 prefix_length(const float* x, i32 n, double p) {
     break;
   }
   return length;
+}
+
+// Ranks by falling value, ties by rising index, of the candidates alone.
+void rank_normalise_row(float* x, i32 n) {
+  std::vector<i32> order;
+  for (i32 i = 0; i < n; ++i)
+    if (key_of(x[i]) != 0) order.push_back(i);
+  std::sort(order.begin(), order.end(), [&](i32 a, i32 b) { return x[a] > x[b] || (x[a] == x[b] && a < b); });
+  for (std::size_t rank = 0; rank < order.size(); ++rank)
+    if (float& v = x[order[rank]]; std::isfinite(v)) v = 1.f - static_cast<float>(rank) / static_cast<float>(n);
 }
 
 double total(const i32* n, i32 rows) {
@@ -176,12 +198,31 @@ i32 CpuOps::topp(const float* values, i32 rows, i64 stride, const i32* n, const 
 #pragma omp parallel for schedule(dynamic)
     for (i32 r = 0; r < rows; ++r) {
       const float* x = values + r * stride;
-      const i32 length = prefix_length(x, n[r], p);
+      const Digits digits(x, n[r]);
+      const i32 length = prefix_length(x, n[r], digits, p * digits.whole());
       out_count[r] = topk_row(x, n[r], k ? std::min(k[r], length) : length, out + r * out_stride);
     }
     cost_.bytes += 4. * total(n, rows) + 4. * total(out_count, rows);
     cost_.flops += 2. * total(n, rows);
   });
+}
+
+void CpuOps::top_mass(const float* values, i32 rows, i64 stride, const i32* n, const double* target, i32* out,
+                      i32* out_count, i64 out_stride) {
+#pragma omp parallel for schedule(dynamic)
+  for (i32 r = 0; r < rows; ++r) {
+    const float* x = values + r * stride;
+    const i32 length = target[r] > 0 ? prefix_length(x, n[r], Digits(x, n[r]), target[r]) : 0;
+    out_count[r] = topk_row(x, n[r], length, out + r * out_stride);
+  }
+  cost_.bytes += 4. * total(n, rows) + 4. * total(out_count, rows);
+  cost_.flops += total(n, rows);
+}
+
+void CpuOps::rank_normalise(float* values, i32 rows, i64 stride, const i32* n) {
+#pragma omp parallel for schedule(dynamic)
+  for (i32 r = 0; r < rows; ++r) rank_normalise_row(values + r * stride, n[r]);
+  cost_.bytes += 8. * total(n, rows);
 }
 
 }  // namespace lacuna

@@ -1,16 +1,12 @@
-// The fused operations of the strategy interface on the CPU (fp32, OpenMP). See sdk::Ops for shapes and rules.
+// The fused operations of the strategy interface on the CPU (fp32, OpenMP). See sdk::Ops and CoreOps for shapes and
+// rules.
 #pragma once
 
-#include "lacuna/sdk/context.hpp"
+#include "lacuna/ops/core_ops.hpp"
 
 namespace lacuna {
 
-/// Work of a call: bytes read and written, and FLOPs.
-struct Cost {
-  double bytes = 0, flops = 0;
-};
-
-class CpuOps final : public sdk::Ops {
+class CpuOps final : public CoreOps {
  public:
   /// `call` and `cost` must outlive the object; every operation adds its work to `cost`.
   CpuOps(const sdk::Call& call, Cost& cost) : call_(call), cost_(cost) {}
@@ -30,9 +26,10 @@ class CpuOps final : public sdk::Ops {
                         sdk::Error*) noexcept override;
   sdk::i32 antidiagonal_mass(const sdk::Queries& q, sdk::i32 stride, sdk::Scores& out, sdk::Error*) noexcept override;
 
-  /// True softmax mass of every unit of out.rows, summed over each row's queries (and, for KV-head rows, over the
-  /// group's heads); what the clairvoyant strategies see.
-  void unit_mass(const sdk::Queries& q, sdk::Scores& out);
+  void unit_mass(const sdk::Queries& q, sdk::Scores& out) override;
+  void top_mass(const float* values, sdk::i32 rows, sdk::i64 stride, const sdk::i32* n, const double* target,
+                sdk::i32* out, sdk::i32* out_count, sdk::i64 out_stride) override;
+  void rank_normalise(float* values, sdk::i32 rows, sdk::i64 stride, const sdk::i32* n) override;
 
  private:
   const sdk::Call& call_;

@@ -1,11 +1,12 @@
-// Top-k and top-p of rows without sorting them, a block a row: a radix descent (11 + 11 + 10 bits) finds the value of
-// the last element taken, and one pass in index order writes what is above it and the first of its ties. Top-p descends
-// by sums: values that share their leading eleven bits share the exponent, so their sums are exact in integers and do
-// not depend on the order of the atomics. The mantissas are summed by halves of twelve bits, which 2^20 elements do not
-// overflow.
+// Top-k and top-p (or a mass) of rows without sorting them, a block a row: a radix descent (11 + 11 + 10 bits) finds
+// the value of the last element taken, and one pass in index order writes what is above it and the first of its ties.
+// Top-p descends by sums: values that share their leading eleven bits share the exponent, so their sums are exact in
+// integers and do not depend on the order of the atomics. The mantissas are summed by halves of twelve bits, which 2^20
+// elements do not overflow.
 #include "lacuna/ops/cuda_ops.hpp"
 #include "launch.cuh"
 #include "ops/guarded.hpp"
+#include "order.cuh"
 
 namespace lacuna {
 namespace cuda {
@@ -24,12 +25,7 @@ struct Pass {
 };
 __device__ constexpr Pass kPasses[] = {{21, 11}, {10, 11}, {0, 10}};
 
-// Larger values have larger keys, the two zeros the same one; -inf and NaN, which are never taken, have 0.
-__device__ u32 key_of(float value) {
-  const u32 bits = __float_as_uint(value + 0.f);
-  const u32 key = bits ^ (static_cast<u32>(static_cast<i32>(bits) >> 31) | 0x80000000u);
-  return value > -INFINITY ? key : 0u;
-}
+// Of a key other than 0.
 __device__ u32 bits_of(u32 key) { return key & 0x80000000u ? key ^ 0x80000000u : ~key; }
 
 // A value is mantissa_of(key) * unit_of(key), and unit_of depends on the leading eleven bits alone.
@@ -188,10 +184,16 @@ __device__ i32 take(const float* x, i32 n, Cut cut, i32* out, Shared& s) {
   return above + min(ties, cut.ties);
 }
 
-// Which leading digit's sum crosses p of the whole, in the CPU's order of additions: s.digit, and before it s.before
+// Where a prefix ends: at a sum, `given` or a share of the row's own.
+struct Goal {
+  double share;
+  const double* given;  // [rows]; null: the share
+};
+
+// Which leading digit's sum crosses the row's goal, in the CPU's order of additions: s.digit, and before it s.before
 // and s.length elements. s.wanted: 0 if nothing is taken, -1 if everything is, else 1. Warp 0; the counts are of pass
 // 0.
-__device__ void find_crossing(double p, Shared& s) {
+__device__ void find_crossing(const Goal& goal, i64 row, Shared& s) {
   const int lane = threadIdx.x % 32;
   const auto for_each_held = [&](auto f) {  // f(digit): whether to stop; descending
     for (int group = kBins - 32; group >= 0; group -= 32) {
@@ -203,14 +205,18 @@ __device__ void find_crossing(double p, Shared& s) {
     return false;
   };
   const auto sum_of = [&](int digit) { return static_cast<double>(s.sum(digit)) * unit_of(static_cast<u32>(digit)); };
-  double whole = 0;
-  for_each_held([&](int digit) {
-    whole += sum_of(digit);
-    return false;
-  });
+  double target = 0;
+  if (goal.given) {
+    target = goal.given[row];
+  } else {
+    for_each_held([&](int digit) {
+      target += sum_of(digit);
+      return false;
+    });
+    target *= goal.share;
+  }
   double before = 0;
   i32 length = 0;
-  const double target = p * whole;
   const bool any = before < target;
   int crossing = 0;
   const bool found = any && for_each_held([&](int digit) {
@@ -233,11 +239,11 @@ struct Prefix {
   i32 length;
 };
 
-// The shortest descending prefix that sums to p of the whole.
+// The shortest descending prefix that reaches the row's goal.
 template <int kItems>
-__device__ Prefix find_prefix(const float* x, i32 n, double p, Shared& s) {
+__device__ Prefix find_prefix(const float* x, i32 n, const Goal& goal, i64 row, Shared& s) {
   count_digits<kItems>(x, n, 0, 0, true, s);
-  if (threadIdx.x < 32) find_crossing(p, s);
+  if (threadIdx.x < 32) find_crossing(goal, row, s);
   __syncthreads();
   if (s.wanted == 0) return {kTakeNothing, 0};
   if (s.wanted < 0) return {kTakeAll, n};
@@ -288,7 +294,7 @@ struct Top {
   i64 stride;
   const i32 *n, *k;  // k null: no cap
   bool by_sum;
-  double p;
+  Goal goal;
   i32 *out, *out_count;
   i64 out_stride;
 };
@@ -300,10 +306,16 @@ __global__ void __launch_bounds__(kThreads) top_kernel(Top top) {
   const float* x = top.values + row * top.stride;
   const i32 n = top.n[row];
   const i32 k = top.k ? top.k[row] : n;
-  const Prefix prefix = top.by_sum ? find_prefix<kItems>(x, n, top.p, s) : Prefix{kTakeAll, n};
+  const Prefix prefix = top.by_sum ? find_prefix<kItems>(x, n, top.goal, row, s) : Prefix{kTakeAll, n};
   const Cut cut = top.by_sum && prefix.length <= k ? prefix.cut : find_cut<kItems>(x, n, k, s);
   const i32 taken = take<kItems>(x, n, cut, top.out + row * top.out_stride, s);
   if (threadIdx.x == 0) top.out_count[row] = taken;
+}
+
+void check_sums(const char* op, i64 stride) {
+  if (stride > kLongestSum)
+    throw Error({"the rows are too long to be summed", "at most " + std::to_string(kLongestSum) + " values",
+                 std::to_string(stride), op, ""});
 }
 
 void launch_top(const char* op, const sdk::Call& call, i32 rows, const Top& top) {
@@ -319,7 +331,7 @@ void launch_top(const char* op, const sdk::Call& call, i32 rows, const Top& top)
 sdk::i32 CudaOps::topk(const float* values, sdk::i32 rows, sdk::i64 stride, const sdk::i32* n, const sdk::i32* k,
                        sdk::i32* out, sdk::i32* out_count, sdk::i64 out_stride, sdk::Error* error) noexcept {
   return guarded(error, [&] {
-    cuda::launch_top("topk", call_, rows, {values, stride, n, k, false, 0., out, out_count, out_stride});
+    cuda::launch_top("topk", call_, rows, {values, stride, n, k, false, {}, out, out_count, out_stride});
     cost_.bytes += 4. * rows * static_cast<double>(stride + out_stride);
   });
 }
@@ -327,13 +339,20 @@ sdk::i32 CudaOps::topk(const float* values, sdk::i32 rows, sdk::i64 stride, cons
 sdk::i32 CudaOps::topp(const float* values, sdk::i32 rows, sdk::i64 stride, const sdk::i32* n, const sdk::i32* k,
                        double p, sdk::i32* out, sdk::i32* out_count, sdk::i64 out_stride, sdk::Error* error) noexcept {
   return guarded(error, [&] {
-    if (stride > cuda::kLongestSum)
-      throw Error({"the rows are too long for topp", "at most " + std::to_string(cuda::kLongestSum) + " values",
-                   std::to_string(stride), "topp", ""});
-    cuda::launch_top("topp", call_, rows, {values, stride, n, k, true, p, out, out_count, out_stride});
+    cuda::check_sums("topp", stride);
+    cuda::launch_top("topp", call_, rows, {values, stride, n, k, true, {p, nullptr}, out, out_count, out_stride});
     cost_.bytes += 4. * rows * static_cast<double>(stride + out_stride);
     cost_.flops += 2. * rows * static_cast<double>(stride);
   });
+}
+
+void CudaOps::top_mass(const float* values, sdk::i32 rows, sdk::i64 stride, const sdk::i32* n, const double* target,
+                       sdk::i32* out, sdk::i32* out_count, sdk::i64 out_stride) {
+  cuda::check_sums("top_mass", stride);
+  cuda::launch_top("top_mass", call_, rows,
+                   {values, stride, n, nullptr, true, {0., target}, out, out_count, out_stride});
+  cost_.bytes += 4. * rows * static_cast<double>(stride + out_stride);
+  cost_.flops += rows * static_cast<double>(stride);
 }
 
 }  // namespace lacuna

@@ -3,6 +3,7 @@
 
 #include "lacuna/ops/cuda_ops.hpp"
 #include "mass.cuh"
+#include "rank.cuh"
 
 namespace lacuna {
 
@@ -24,8 +25,9 @@ void CudaOps::unit_mass(const sdk::Queries& q, sdk::Scores& out) {
 
 std::size_t CudaOps::workspace_bytes(const sdk::Layer& layer, sdk::i32 seqs, sdk::i64 max_tokens,
                                      sdk::i64 max_queries) {
-  return cuda::mass_workspace_bytes(layer, seqs, max_tokens, max_queries) +
-         cuda::read_workspace_bytes(layer, seqs, max_tokens, max_queries);
+  return std::max(cuda::mass_workspace_bytes(layer, seqs, max_tokens, max_queries) +
+                      cuda::read_workspace_bytes(layer, seqs, max_tokens, max_queries),
+                  cuda::rank_workspace_bytes(static_cast<sdk::i64>(seqs) * layer.num_qo_heads, max_tokens));
 }
 
 }  // namespace lacuna
