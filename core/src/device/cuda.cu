@@ -5,6 +5,7 @@
 
 #include <string>
 
+#include "cuda_check.hpp"
 #include "lacuna/base/error.hpp"
 #include "lacuna/device/device.hpp"
 
@@ -13,11 +14,7 @@ namespace {
 
 std::string name_of(int index) { return "cuda:" + std::to_string(index); }
 
-void check(cudaError_t status, const char* call, int index) {
-  if (status == cudaSuccess) return;
-  cudaGetLastError();  // a failed call must not fail the next kernel launch
-  throw Error({std::string(call) + " failed", "", cudaGetErrorString(status), name_of(index), ""});
-}
+void check(cudaError_t status, const char* call, int index) { check_cuda(status, call, name_of(index)); }
 
 class CudaDevice final : public Device {
  public:
