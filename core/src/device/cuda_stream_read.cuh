@@ -12,7 +12,8 @@ namespace lacuna {
 inline constexpr int kReadThreads = 512, kReadBlocksPerSm = 4;
 
 /// *sum += the 32-bit words of data[0..n), modulo 2^32. Four 16-byte loads of a thread are under way at a time.
-__global__ void __launch_bounds__(kReadThreads) stream_read_kernel(const uint4* data, sdk::i64 n, unsigned* sum) {
+static __global__ void __launch_bounds__(kReadThreads)
+    stream_read_kernel(const uint4* data, sdk::i64 n, unsigned* sum) {
   constexpr int kLoads = 4;
   const sdk::i64 threads = static_cast<sdk::i64>(gridDim.x) * kReadThreads;
   unsigned mine = 0;
