@@ -26,17 +26,21 @@ if(LACUNA_SANITIZE)
   target_link_options(lacuna_flags INTERFACE ${sanitize})
 endif()
 
-# lacuna_module(<module> SOURCES a.cpp… [CUDA_SOURCES x.cu…]): adds a module's files to the library.
+# lacuna_module(<module> SOURCES a.cpp… [PORTABLE_SOURCES b.cpp…] [CUDA_SOURCES x.cu…]): adds a module's files to the
+# library. Portable ones hold loops for host and device: nvcc compiles them in CUDA builds.
 function(lacuna_module module)
-  cmake_parse_arguments(PARSE_ARGV 1 arg "" "" "SOURCES;CUDA_SOURCES")
+  cmake_parse_arguments(PARSE_ARGV 1 arg "" "" "SOURCES;PORTABLE_SOURCES;CUDA_SOURCES")
   if(NOT module IN_LIST LACUNA_MODULES OR arg_UNPARSED_ARGUMENTS)
-    message(FATAL_ERROR "lacuna_module(${ARGV}): expected one of ${LACUNA_MODULES}, then SOURCES and CUDA_SOURCES")
+    message(FATAL_ERROR "lacuna_module(${ARGV}): expected one of ${LACUNA_MODULES}, then SOURCES, PORTABLE_SOURCES and "
+                        "CUDA_SOURCES")
   endif()
+  list(TRANSFORM arg_PORTABLE_SOURCES PREPEND "${CMAKE_CURRENT_SOURCE_DIR}/")
   if(LACUNA_CUDA)
     list(APPEND arg_SOURCES ${arg_CUDA_SOURCES})
+    set_source_files_properties(${arg_PORTABLE_SOURCES} TARGET_DIRECTORY lacuna PROPERTIES LANGUAGE CUDA)
   endif()
   list(TRANSFORM arg_SOURCES PREPEND "${CMAKE_CURRENT_SOURCE_DIR}/")
-  target_sources(lacuna PRIVATE ${arg_SOURCES})
+  target_sources(lacuna PRIVATE ${arg_SOURCES} ${arg_PORTABLE_SOURCES})
 endfunction()
 
 # An executable of tests; `kind` is empty or _gpu.

@@ -2,6 +2,7 @@
 #include <doctest/doctest.h>
 
 #include <cmath>
+#include <initializer_list>
 
 #include "lacuna/pipeline/budget.hpp"
 
@@ -44,15 +45,17 @@ TEST_CASE("round_half_up") {
 
 TEST_CASE("targets of a tile and of a cache") {
   using Kind = BudgetSpec::Kind;
-  CHECK(tile_tokens({Kind::density, 0.1, false}, 40, 512, 16) == 40);
-  CHECK(tile_tokens({Kind::density, 0.1, true}, 40, 512, 16) == 51);
-  CHECK(tile_tokens({Kind::density, 0.5, true}, 40, 5, 16) == 3);
-  CHECK(tile_tokens({Kind::tokens, 100, false}, 40, 512, 16) == 100);
-  CHECK(tile_tokens({Kind::units, 3, false}, 40, 512, 16) == 48);
-  CHECK(tile_tokens({Kind::mass, 0.9, false}, 40, 512, 16) == 512);
-  CHECK(tile_tokens({}, 40, 512, 16) == 512);
-  CHECK(cached_tokens_target({Kind::density, 0.25, false}, 1002, 16) == 251);
-  CHECK(cached_tokens_target({Kind::units, 3, false}, 1002, 16) == 48);
+  const i64 constant = constant_tokens(0.1, 512);
+  const auto of_tile = [](BudgetSpec budget, i64 visible) { return target_rule(budget, 512, 16).tokens(visible); };
+  CHECK(of_tile({Kind::density, 0.1, false}, 300) == constant);
+  CHECK(of_tile({Kind::density, 0.1, true}, 512) == 51);
+  CHECK(of_tile({Kind::density, 0.5, true}, 5) == 3);
+  CHECK(of_tile({Kind::tokens, 100, false}, 512) == 100);
+  CHECK(of_tile({Kind::units, 3, false}, 512) == 48);
+  CHECK(of_tile({Kind::mass, 0.9, false}, 512) == 512);
+  CHECK(of_tile({}, 512) == 512);
+  CHECK(target_rule({Kind::density, 0.25, false}, -1, 16).tokens(1002) == 251);
+  CHECK(target_rule({Kind::units, 3, false}, -1, 16).tokens(1002) == 48);
 }
 
 TEST_CASE("ranked_units: what the forced ones leave, and the least a row may have") {

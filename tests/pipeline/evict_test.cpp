@@ -108,7 +108,7 @@ TEST_CASE("h2o holds every KV head at the capacity of the cut while decoding") {
   const Resolved h2o = built_in({{"name", "h2o"}, {"density", 0.1}}, RoleKind::evict);
   LayerPipeline pipeline = bed.pipeline({nullptr, &h2o, nullptr}, bed.prompt);
   const std::vector<float> out = bed.layer.dense_out(0, bed.prompt), lse = bed.layer.dense_lse(0, bed.prompt);
-  pipeline.observe_prefill(out.data(), lse.data());
+  pipeline.observe_prefill(out, lse);
   const i64 capacity = round_half_up(0.1 * static_cast<double>(bed.prompt));
   CHECK(pipeline.evict_at_cut().target_tokens == capacity);
   for (i64 i = 0; i < 12; ++i) {
@@ -126,7 +126,7 @@ TEST_CASE("uneven heads keep the layer's capacity while decoding") {
                  uneven = resolved(type_of<Uneven>(), {});
   LayerPipeline pipeline = bed.pipeline({nullptr, &h2o, &uneven}, bed.prompt);
   const std::vector<float> out = bed.layer.dense_out(0, bed.prompt), lse = bed.layer.dense_lse(0, bed.prompt);
-  pipeline.observe_prefill(out.data(), lse.data());
+  pipeline.observe_prefill(out, lse);
   pipeline.evict_at_cut();
   for (i64 i = 0; i < 20; ++i) {
     CHECK(pipeline.cache().length(0) == 150);
@@ -143,7 +143,7 @@ TEST_CASE("a selection beside an eviction plans for the decoding to come") {
   pipeline.evict_at_cut();
   const Step step = pipeline.step(300, 0);
   CHECK(pipeline.select()->plan().q_tile == 1);
-  CHECK(step.choice.selection.view().kv_block == 16);  // random's page in decode; its block in prefill is 64
+  CHECK(step.choice.kv_block == 16);  // random's page in decode; its block in prefill is 64
 }
 
 TEST_CASE("positions = compacted reads keys and queries at their slots") {
@@ -198,12 +198,12 @@ TEST_CASE("duo: named KV heads read and keep everything, the others sinks and a 
   script = {16, 64};
   const Choice choice = bed.prefill(resolved(type_of<Scripted>(), density(0.5)), {true}, &duo);
   for (i64 h = 0; h < 4; ++h)
-    for (i64 tile = 0; tile < choice.tiles; ++tile)
+    for (i64 tile = 0; tile < choice.tiles(); ++tile)
       for (i64 q = tile * 64; q < std::min<i64>(tile * 64 + 64, 300); ++q) {
         std::vector<i32> expected;
         for (i32 j = 0; j <= q; ++j)
           if (h >= 2 || j < 4 || q - j < 20) expected.push_back(j);
-        REQUIRE(choice.sets[static_cast<std::size_t>(h * choice.tiles + tile)].cells(q, q + 1) == expected);
+        REQUIRE(choice.sets[static_cast<std::size_t>(h * choice.tiles() + tile)].cells(q, q + 1) == expected);
       }
   LayerPipeline pipeline = bed.pipeline({nullptr, nullptr, &duo}, 300);
   pipeline.evict_at_cut();

@@ -100,9 +100,9 @@ void compare(Bed& bed, const Case& c) {
                                    {{"gqa", c.gqa}, {"sinks", c.sinks}, {"recent", c.recent}});
   const Choice choice = bed.prefill(select);
   const i64 constant = constant_tokens(c.density, bed.prompt), group = l.group();
-  REQUIRE(choice.q_tile == c.script.q_tile);
+  REQUIRE(choice.q_tile() == c.script.q_tile);
   for (i64 head = 0; head < l.num_qo_heads; ++head)
-    for (i64 tile = 0; tile < choice.tiles; ++tile) {
+    for (i64 tile = 0; tile < choice.tiles(); ++tile) {
       Expected e = expect_row(c, head, group, tile, bed.prompt, constant);
       if (std::string(c.gqa) == "union")
         for (i64 g = 0; g < group; ++g) {
@@ -111,7 +111,7 @@ void compare(Bed& bed, const Case& c) {
         }
       for (std::size_t i = 0; i < e.read.size(); ++i) {
         const i64 q = tile * c.script.q_tile + static_cast<i64>(i);
-        const auto cells = choice.sets[static_cast<std::size_t>(head * choice.tiles + tile)].cells(q, q + 1);
+        const auto cells = choice.sets[static_cast<std::size_t>(head * choice.tiles() + tile)].cells(q, q + 1);
         CAPTURE(head);
         CAPTURE(q);
         REQUIRE(std::set<i64>(cells.begin(), cells.end()) == e.read[i]);
@@ -150,6 +150,7 @@ struct Weighted : sdk::Strategy {
   void mark(sdk::Context&, const sdk::Budget&, sdk::Selection& s) override {
     for (i64 r = 0; r < s.rows.count(); ++r) {
       s.token_count[r] = 1;
+      s.tokens[r * s.token_capacity] = 0;
       s.token_log_weight[r * s.token_capacity] = 0.5f;
     }
   }
@@ -174,7 +175,11 @@ TEST_CASE("a call by ranges of tiles chooses as one call does") {
   for (const char* gqa : {"none", "sum", "union"}) {
     script = {16, 32, 1, 1};
     const Resolved select = resolved(type_of<Scripted>(), density(0.2), {{"gqa", gqa}});
-    const Choice whole = bed.prefill(select, {true, true}), ranges = bed.prefill(select, {true, true, 700});
+    ChooseOptions options{true};
+    options.keep_scores = true;
+    const Choice whole = bed.prefill(select, options);
+    options.range_elements = 700;
+    const Choice ranges = bed.prefill(select, options);
     REQUIRE(whole.sets.size() == ranges.sets.size());
     for (std::size_t i = 0; i < whole.sets.size(); ++i) CHECK(whole.sets[i].slots == ranges.sets[i].slots);
     CHECK(whole.scores == ranges.scores);
@@ -203,7 +208,7 @@ TEST_CASE("top-p: the forced mass counts first, and the crossing unit is include
     script = {16, 64, 1, 1, 0, 1, sdk::ScoreKind::mass};
     const Choice choice = bed.prefill(resolved(type_of<Scripted>(), {BudgetSpec::Kind::mass, p, false}));
     for (i64 head = 0; head < 2; ++head)
-      for (i64 tile = 0; tile < choice.tiles; ++tile) {
+      for (i64 tile = 0; tile < choice.tiles(); ++tile) {
         const i64 end = (tile + 1) * 64, units = end / 16, diagonal = tile * 4;
         std::set<i64> taken = {0};
         for (i64 u = diagonal; u < units; ++u) taken.insert(u);
@@ -220,7 +225,7 @@ TEST_CASE("top-p: the forced mass counts first, and the crossing unit is include
           taken.insert(best);
         }
         std::set<i64> found;
-        for (const i32 slot : choice.sets[static_cast<std::size_t>(head * choice.tiles + tile)].slots)
+        for (const i32 slot : choice.sets[static_cast<std::size_t>(head * choice.tiles() + tile)].slots)
           found.insert(slot / 16);
         CAPTURE(p);
         CAPTURE(tile);

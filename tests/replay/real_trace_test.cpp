@@ -70,7 +70,7 @@ TEST_CASE("lse_error is ln mass_kept wherever nothing is weighted, and no more i
   each_use([&](const Bench& bench, const Use& use) {
     const Cell cell = bench.cell(use, bench.entry().takes_budget ? Json{{"density", 0.2}} : Json::object());
     const PhaseQueries q = phase_queries(trace.info(), use.phase, "end");
-    const PhaseRun run = run_phase(layer, trace.info(), cell, use.phase, q, {true, false, {}, {}});
+    const PhaseRun run = run_phase(layer, trace.info(), cell, use.phase, q, {true, false, false, {}, {}});
     const std::vector<double> mass = mass_of(layer, q, run);
     const std::vector<float> dense = layer.dense_lse(q.begin, q.end);
     double worst = 0;
@@ -106,7 +106,7 @@ TEST_CASE("declared dense points equal dense attention through the sparse path")
     if (point.empty()) return;
     const Cell cell = bench.cell(use, Json::parse(point));
     const PhaseQueries q = phase_queries(trace.info(), use.phase, "end");
-    const PhaseRun run = run_phase(layer, trace.info(), cell, use.phase, q, {true, false, {}, {}});
+    const PhaseRun run = run_phase(layer, trace.info(), cell, use.phase, q, {true, false, false, {}, {}});
     CHECK(run.work.sparse_rows > 0);
     const Truth& t = truths[use.phase];
     double worst_lse = 0, worst_out = 0;

@@ -7,7 +7,8 @@
 
 #include "lacuna/base/error.hpp"
 #include "lacuna/pipeline/budget.hpp"
-#include "pipeline/rows.hpp"
+#include "pipeline/row_kernels.hpp"
+#include "pipeline/selections.hpp"
 
 namespace lacuna {
 using namespace sdk;
@@ -29,12 +30,28 @@ std::vector<i32> ends(i32 length, i32 sinks, i32 recent) {
   return out;
 }
 
+/// The k best, ties to the lower slot, -inf never; ascending.
+std::vector<i32> top_slots(const std::vector<float>& value, i64 k) {
+  std::vector<i32> order;
+  for (std::size_t i = 0; i < value.size(); ++i)
+    if (value[i] > kNone) order.push_back(static_cast<i32>(i));
+  const auto n = static_cast<std::size_t>(std::clamp<i64>(k, 0, static_cast<i64>(order.size())));
+  if (n < order.size())
+    std::nth_element(order.begin(), order.begin() + static_cast<std::ptrdiff_t>(n), order.end(), [&](i32 a, i32 b) {
+      const float x = value[static_cast<std::size_t>(a)], y = value[static_cast<std::size_t>(b)];
+      return x > y || (x == y && a < b);
+    });
+  order.resize(n);
+  std::sort(order.begin(), order.end());
+  return order;
+}
+
 std::vector<i32> keep_best(const float* value, i32 length, i64 tokens, i32 sinks, i32 recent) {
   std::vector<i32> kept = ends(length, sinks, recent);
   std::vector<float> candidate(value, value + length);
   for (const i32 i : kept) candidate[static_cast<std::size_t>(i)] = kNone;
   const std::vector<i32> best =
-      top_units(candidate, std::max<i64>(tokens - static_cast<i64>(kept.size()), kept.empty() ? 1 : 0));
+      top_slots(candidate, std::max<i64>(tokens - static_cast<i64>(kept.size()), kept.empty() ? 1 : 0));
   kept.insert(kept.end(), best.begin(), best.end());
   std::sort(kept.begin(), kept.end());
   return kept;
@@ -47,6 +64,10 @@ Eviction decide_eviction(StrategyRuntime* strategy, StrategyRuntime* allocator, 
   const Layer& layer = setup.layer;
   const Paged kv = cache.view();
   const i32 heads = layer.num_kv_heads;
+  Scratch& scratch = *setup.scratch;
+  const Scratch::Frame frame(scratch);
+  std::vector<i32> length;
+  for (i32 h = 0; h < heads; ++h) length.push_back(static_cast<i32>(cache.length(h)));
   Eviction out;
   const BudgetSpec none;
   const BudgetSpec& budget_spec = strategy ? strategy->resolved().budget : none;
@@ -66,7 +87,7 @@ Eviction decide_eviction(StrategyRuntime* strategy, StrategyRuntime* allocator, 
     throw lacuna::Error(Problem{std::string("allocator '") + allocator->entry().name + "' has nothing to share out",
                                 "an evict strategy with a budget beside it", "none", "the evict role",
                                 "add evict = {name = ...}"});
-  out.mean_tokens = capacity >= 0 ? capacity : std::min(cached, cached_tokens_target(budget_spec, cached, 1));
+  out.mean_tokens = capacity >= 0 ? capacity : std::min(cached, target_rule(budget_spec, -1, 1).tokens(cached));
   out.target_tokens = out.mean_tokens;
   out.allocated_mean = static_cast<double>(out.mean_tokens);
   if (allocator && allocator->instance().has_allocate_layers() && out.limited && capacity < 0) {
@@ -93,54 +114,75 @@ Eviction decide_eviction(StrategyRuntime* strategy, StrategyRuntime* allocator, 
   Rows rows = scored;
   if (!ranked_per_head) rows.heads = heads, rows.per_query_head = 0;
 
-  std::vector<float> values;
   Scores scores{rows, nullptr, cached, static_cast<i32>(cached), 1, out.limited ? out.target_tokens : -1};
   const bool explicit_retain = strategy && strategy->instance().has_retain();
+  const bool shared_out = allocator && allocator->instance().has_allocate_rows();
+  std::vector<float> values;  // of `scores`, on the host
   if (strategy && strategy->instance().has_score() && !(explicit_retain && !allocator)) {
-    values.assign(static_cast<std::size_t>(scored.count() * cached), kNone);
     scores.rows = scored;
-    scores.value = values.data();
+    scores.value = scratch.take<float>(scored.count() * cached);
+    fill_floats(scratch.device(), scores.value, kNone, scored.count() * cached);
     strategy->score(cache, span, scores);
-    if (options.check) check_scores(strategy->culprit("score"), scores, plan.score_kind, static_cast<double>(cached));
-    if (per_query_head && !ranked_per_head) {
-      values = reduce_rows(values, layer, 1, cached, strategy->gqa());
-      scores.rows = rows;
+    if (options.check) {
+      std::vector<float> raw = scratch.read(scores.value, scored.count() * cached);
+      Scores view = scores;
+      view.value = raw.data();
+      check_scores(strategy->culprit("score"), view, plan.score_kind, static_cast<double>(cached));
     }
-    scores.value = values.data();
-    if (allocator && allocator->instance().has_allocate_rows() && !strategy->entry().comparable_across_heads) {
-      std::vector<i64> count;
-      for (i64 r = 0; r < rows.count(); ++r) count.push_back(kv.length[rows.kv_row(r, heads)]);
-      rank_normalise(values.data(), rows.count(), cached, count);
+    strategy->with_ops(cache, span, [&](CoreOps& ops) {
+      if (per_query_head && !ranked_per_head) {
+        const Gqa g = strategy->gqa();
+        const Reduce how = g == Gqa::max ? Reduce::max : g == Gqa::mean ? Reduce::mean : Reduce::sum;
+        float* grouped = scratch.take<float>(rows.count() * cached);
+        sdk::Error error{};
+        if (ops.group_reduce(scores.value, grouped, cached, cached, how, &error) != 0)
+          throw lacuna::Error(Problem{"scores could not be reduced over their groups", "", error.text, "evict", ""});
+        scores.value = grouped;
+        scores.rows = rows;
+      }
+      if (!shared_out || strategy->entry().comparable_across_heads) return;
+      std::vector<i32> count;
+      for (i64 r = 0; r < rows.count(); ++r) count.push_back(length[static_cast<std::size_t>(rows.kv_row(r, heads))]);
+      ops.rank_normalise(scores.value, static_cast<i32>(rows.count()), cached,
+                         scratch.take_copy(count.data(), rows.count()));
       out.rank_normalised = true;
-    }
+    });
+    values = scratch.read(scores.value, rows.count() * cached);
     if (options.keep_scores) out.scores = values, out.scores_rows = rows.count();
   }
 
-  OwnedBudget owned(rows);
-  Budget& budget = owned.view();
+  // An allocator shares out the whole target, also what a head that is shorter by now leaves of its own.
+  const i64 n = rows.count();
+  std::vector<i64> tokens;
+  for (i64 r = 0; r < n; ++r)
+    tokens.push_back(shared_out
+                         ? out.target_tokens
+                         : std::min<i64>(out.target_tokens, length[static_cast<std::size_t>(rows.kv_row(r, heads))]));
+  Budget budget = make_budget(scratch, rows);
   budget.limited = out.limited;
   budget.density = budget_spec.kind == BudgetSpec::Kind::density ? budget_spec.value : 0;
   budget.sinks = plan.sinks;
   budget.recent = plan.recent;
-  // An allocator shares out the whole target, also what a head that is shorter by now leaves of its own.
-  const bool shared_out = allocator && allocator->instance().has_allocate_rows();
-  for (i64 r = 0; r < rows.count(); ++r)
-    budget.tokens[r] = budget.pairs[r] =
-        shared_out ? out.target_tokens : std::min<i64>(out.target_tokens, kv.length[rows.kv_row(r, heads)]);
+  for (i64* to : {budget.tokens, budget.pairs})
+    scratch.device().copy_in(to, tokens.data(), tokens.size() * sizeof(i64));
   if (shared_out) {
-    i64 total = 0;
-    for (i64 r = 0; r < rows.count(); ++r) total += budget.pairs[r];
+    const i64 total = std::accumulate(tokens.begin(), tokens.end(), i64{0});
     allocator->allocate_rows(cache, span, scores.value ? &scores : nullptr, budget);
-    if (options.check) check_budget(allocator->culprit("allocate_rows"), budget, total);
-    for (i64 r = 0; r < rows.count(); ++r) budget.tokens[r] = budget.pairs[r];
+    if (options.check) check_host_budget(scratch, allocator->culprit("allocate_rows"), budget, total);
+    tokens = scratch.read(budget.pairs, n);
+    scratch.device().copy(budget.tokens, budget.pairs, tokens.size() * sizeof(i64));
   }
+  const std::vector<i32> rules = scratch.read(budget.rule, n), sinks = scratch.read(budget.window_sinks, n),
+                         recent = scratch.read(budget.window_recent, n);
 
   out.kept.resize(static_cast<std::size_t>(heads));
   if (explicit_retain && !scores.value) {
-    OwnedSelection room(rows, 0, 0, cached, false);
-    Kept kept{room.view()};
+    Kept kept{make_selection(scratch, rows, 0, 0, cached, false)};
     strategy->retain(cache, span, budget, kept);
-    if (options.check) check_kept(strategy->culprit("retain"), kept, kv.length);
+    if (options.check) check_guards(scratch, kept.set, strategy->culprit("retain"));
+    const HostSelection host(scratch, kept.set);
+    kept.set = host.view();
+    if (options.check) check_kept(strategy->culprit("retain"), kept, length.data());
     for (i64 r = 0; r < rows.count(); ++r) {
       auto& list = out.kept[static_cast<std::size_t>(rows.kv_row(r, heads))];
       const i32* t = kept.set.tokens + r * kept.set.token_capacity;
@@ -149,24 +191,25 @@ Eviction decide_eviction(StrategyRuntime* strategy, StrategyRuntime* allocator, 
   } else {
     for (i64 r = 0; r < rows.count(); ++r) {
       const i64 head = rows.kv_row(r, heads);
-      const i32 length = kv.length[head];
+      const i32 cached_here = length[static_cast<std::size_t>(head)];
       auto& list = out.kept[static_cast<std::size_t>(head)];
-      const Rule rule = static_cast<Rule>(budget.rule[r]);
+      const i64 wanted = tokens[static_cast<std::size_t>(r)];
+      const Rule rule = static_cast<Rule>(rules[static_cast<std::size_t>(r)]);
       std::vector<i32> kept;
-      if (rule == Rule::full || (rule == Rule::ranked && (!out.limited || budget.tokens[r] >= length)))
-        kept = everything(length);
+      if (rule == Rule::full || (rule == Rule::ranked && (!out.limited || wanted >= cached_here)))
+        kept = everything(cached_here);
       else if (rule == Rule::window)
-        kept = ends(length, budget.window_sinks[r], budget.window_recent[r]);
+        kept = ends(cached_here, sinks[static_cast<std::size_t>(r)], recent[static_cast<std::size_t>(r)]);
       else if (rule == Rule::none)
-        kept = ends(length, plan.sinks, plan.recent);
+        kept = ends(cached_here, plan.sinks, plan.recent);
       else if (!scores.value)
         throw lacuna::Error(Problem{std::string("allocator '") + (allocator ? allocator->entry().name : "?") +
                                         "' leaves a head to be ranked, and nothing ranks it",
                                     "an evict strategy beside it", "none", "the cell's evict role",
                                     "add evict = {name = ...}"});
       else {
-        out.floor |= static_cast<i64>(ends(length, plan.sinks, plan.recent).size()) > budget.tokens[r];
-        kept = keep_best(scores.value + r * cached, length, budget.tokens[r], plan.sinks, plan.recent);
+        out.floor |= static_cast<i64>(ends(cached_here, plan.sinks, plan.recent).size()) > wanted;
+        kept = keep_best(values.data() + r * cached, cached_here, wanted, plan.sinks, plan.recent);
       }
       list.insert(list.end(), kept.begin(), kept.end());
     }
@@ -176,7 +219,7 @@ Eviction decide_eviction(StrategyRuntime* strategy, StrategyRuntime* allocator, 
     std::sort(list.begin(), list.end());
     list.erase(std::unique(list.begin(), list.end()), list.end());
     out.kept_tokens += static_cast<double>(list.size());
-    out.cached_tokens += kv.length[h];
+    out.cached_tokens += length[h];
   }
   return out;
 }

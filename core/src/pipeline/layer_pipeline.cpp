@@ -2,7 +2,9 @@
 
 #include <algorithm>
 
+#include "lacuna/attention/cuda_attention.hpp"
 #include "lacuna/base/error.hpp"
+#include "lacuna/pipeline/budget.hpp"
 
 namespace lacuna {
 using namespace sdk;
@@ -59,64 +61,144 @@ void LayerPipeline::refresh_sides(const CallSpan& span) {
       for (const i32 g : r->granularities()) sizes.push_back(g);
   std::sort(sizes.begin(), sizes.end());
   sizes.erase(std::unique(sizes.begin(), sizes.end()), sizes.end());
+  Scratch& scratch = *setup_.scratch;
   for (const i32 g : sizes) {
     Dirty dirty = cache_.take_dirty(g);
-    const std::vector<i32> begin(dirty.begin, dirty.begin + dirty.rows), end(dirty.end, dirty.end + dirty.rows);
-    dirty.begin = begin.data();  // the cache's own arrays may move when a side is touched
-    dirty.end = end.data();
+    const Scratch::Frame frame(scratch);
+    const std::size_t bytes = static_cast<std::size_t>(dirty.rows) * sizeof(i32);
+    i32 *begin = scratch.take<i32>(dirty.rows), *end = scratch.take<i32>(dirty.rows);
+    scratch.device().copy(begin, dirty.begin, bytes);  // the cache's own arrays may move when a side is touched
+    scratch.device().copy(end, dirty.end, bytes);
+    dirty.begin = begin;
+    dirty.end = end;
     for (auto* r : {select_.get(), evict_.get()})
       if (r) r->index(cache_, span, dirty);
   }
 }
 
-Step LayerPipeline::attend_choice(const CallSpan& span, Choice choice) {
-  Step out;
-  const Queries q = setup_.queries.span(setup_.layer, span.begin, span.end);
-  out.out.resize(static_cast<std::size_t>(q.heads * q.count * q.head_dim));
-  out.lse.resize(static_cast<std::size_t>(q.heads * q.count));
-  Attention a{setup_.layer, cache_.view(), q};
-  if (setup_.layer.sliding_window == 0) a.read = &choice.selection.view();
-  out.work = attend(a, out.out.data(), out.lse.data());
-  if (a.read && (a.read->token_log_weight || a.read->piece_log_weight)) {
-    a.ignore_weights = true;
-    out.unweighted_out.resize(out.out.size());
-    std::vector<float> lse(out.lse.size());
-    attend(a, out.unweighted_out.data(), lse.data());
+Choice LayerPipeline::choose_for(const CallSpan& span, const ChooseOptions& options, const RangeVisitor& visit) {
+  if (select_ && !dense_layer(*select_))
+    return choose(*select_, evict_ && span.phase == Phase::decode ? nullptr : allocate_.get(), cache_, setup_, span,
+                  options, visit);
+  const i64 queries = span.end - span.begin;
+  const i32 q_tile = span.phase == Phase::prefill ? kDenseTile : static_cast<i32>(queries);
+  return choose_everything(cache_, setup_, span, q_tile, options, visit);
+}
+
+AttentionWork LayerPipeline::attend_to(const CallSpan& span, const Selection* read, bool ignore_weights, float* out,
+                                       float* lse) {
+  const Attention a{setup_.layer, cache_.view(), setup_.queries.span(setup_.layer, span.begin, span.end), read,
+                    ignore_weights};
+  Scratch& scratch = *setup_.scratch;
+  if (!scratch.on_device()) return attend(a, out, lse);
+  const Scratch::Frame frame(scratch);
+  const std::size_t bytes = plan_cuda_attention(a).workspace_bytes;
+  attend_cuda(a, out, lse, scratch.take<std::byte>(static_cast<i64>(bytes)), bytes, scratch.device().stream());
+  return {};
+}
+
+namespace {
+
+/// Results of a step where attention writes them, and at last on the host.
+class Results {
+ public:
+  Results(Scratch& scratch, i64 rows, i64 head_dim) : scratch_(scratch), rows_(rows), head_dim_(head_dim) {}
+
+  void make(std::vector<float>& out, std::vector<float>& lse) {
+    if (made()) return;
+    out.resize(static_cast<std::size_t>(rows_ * head_dim_));
+    lse.resize(static_cast<std::size_t>(rows_));
+    this->out = scratch_.on_device() ? scratch_.take<float>(rows_ * head_dim_) : out.data();
+    this->lse = scratch_.on_device() ? scratch_.take<float>(rows_) : lse.data();
   }
+  bool made() const { return out != nullptr; }
+  void fetch(std::vector<float>& to_out, std::vector<float>& to_lse) const {
+    if (!made() || !scratch_.on_device()) return;
+    scratch_.device().copy_out(to_out.data(), out, to_out.size() * sizeof(float));
+    scratch_.device().copy_out(to_lse.data(), lse, to_lse.size() * sizeof(float));
+  }
+
+  float *out = nullptr, *lse = nullptr;
+
+ private:
+  Scratch& scratch_;
+  i64 rows_, head_dim_;
+};
+
+}  // namespace
+
+Step LayerPipeline::choose_and_attend(const CallSpan& span, bool everything) {
+  Step step;
   const Layer& layer = setup_.layer;
+  const Queries q = setup_.queries.span(layer, span.begin, span.end);
+  Scratch& scratch = *setup_.scratch;
+  const Scratch::Frame frame(scratch);
+  Results weighted(scratch, q.heads * q.count, q.head_dim), plain(scratch, q.heads * q.count, q.head_dim);
+  weighted.make(step.out, step.lse);
+  const auto visit = [&](const Selection& chosen) {
+    const Selection* read = layer.sliding_window == 0 ? &chosen : nullptr;
+    const AttentionWork work = attend_to(span, read, false, weighted.out, weighted.lse);
+    step.work.dense_rows += work.dense_rows;
+    step.work.sparse_rows += work.sparse_rows;
+    step.work.pairs += work.pairs;
+    if (read && (read->token_log_weight || read->piece_log_weight)) {
+      plain.make(step.unweighted_out, step.unweighted_lse);
+      attend_to(span, read, true, plain.out, plain.lse);
+    }
+    const Attended seen{read, q, weighted.out, weighted.lse};
+    for (auto* r : {select_.get(), evict_.get()})
+      if (r && r->wants_attended()) r->attended(cache_, span, seen);
+  };
+  if (everything)
+    step.choice = choose_everything(
+        cache_, setup_, span, span.phase == Phase::prefill ? kDenseTile : static_cast<i32>(q.count), options_, visit);
+  else
+    step.choice = choose_for(span, options_, visit);
+  weighted.fetch(step.out, step.lse);
+  plain.fetch(step.unweighted_out, step.unweighted_lse);
+
+  const Choice& choice = step.choice;
+  if (scratch.on_device()) {  // there the kernels count nothing
+    step.work.dense_rows = choice.full_rows;
+    step.work.sparse_rows = static_cast<i64>(choice.sets.size()) - choice.full_rows;
+    const i64 first = cache_.length(0) - q.count;
+    step.work.pairs = layer.sliding_window > 0
+                          ? layer.num_qo_heads * capped_pairs(layer.sliding_window, first, first + q.count)
+                          : static_cast<i64>(choice.budget.realised_pairs);
+  }
   std::vector<std::vector<i32>> positions;
   for (i32 h = 0; h < layer.num_kv_heads; ++h) positions.push_back(cache_.positions(h));
   for (std::size_t i = 0; i < choice.sets.size(); ++i) {
-    const auto head = static_cast<i32>(i) / choice.tiles, tile = static_cast<i32>(i) % choice.tiles;
+    const auto head = static_cast<i32>(i) / choice.tiles(), tile = static_cast<i32>(i) % choice.tiles();
     const auto& of_head = positions[static_cast<std::size_t>(head / layer.group())];
     const i64 first = static_cast<i64>(of_head.size()) - q.count,
-              begin = first + static_cast<i64>(tile) * choice.q_tile;
-    out.position_sets.push_back(
-        to_positions(choice.sets[i], of_head, begin, std::min<i64>(begin + choice.q_tile, first + q.count)));
+              begin = first + static_cast<i64>(tile) * choice.q_tile();
+    step.position_sets.push_back(
+        to_positions(choice.sets[i], of_head, begin, std::min<i64>(begin + choice.q_tile(), first + q.count)));
   }
-  const Attended seen{a.read, q, out.out.data(), out.lse.data()};
-  for (auto* r : {select_.get(), evict_.get()})
-    if (r && r->wants_attended()) r->attended(cache_, span, seen);
-  out.choice = std::move(choice);
-  return out;
+  return step;
 }
 
 Step LayerPipeline::prefill() {
   const i64 n = cache_.length(0);
   const CallSpan span{Phase::prefill, -1, 0, n};
   prepare(span, Phase::prefill);
-  if (!select_ || dense_layer(*select_))
-    return attend_choice(span, choose_everything(cache_, setup_, span, kDenseTile));
-  refresh_sides(span);
-  return attend_choice(span, choose(*select_, allocate_.get(), cache_, setup_, span, options_));
+  if (select_ && !dense_layer(*select_)) refresh_sides(span);
+  return choose_and_attend(span, false);
 }
 
-void LayerPipeline::observe_prefill(const float* out, const float* lse) {
+void LayerPipeline::observe_prefill(const std::vector<float>& out, const std::vector<float>& lse) {
   const CallSpan span{Phase::prefill, -1, 0, cache_.length(0)};
   prepare(span, Phase::decode);
   refresh_sides(span);
-  const Attended seen{nullptr, setup_.queries.span(setup_.layer, span.begin, span.end), out, lse};
-  if (evict_ && evict_->wants_attended()) evict_->attended(cache_, span, seen);
+  if (!evict_ || !evict_->wants_attended()) return;
+  Scratch& scratch = *setup_.scratch;
+  const Scratch::Frame frame(scratch);
+  const auto there = [&](const std::vector<float>& host) {
+    return scratch.on_device() ? scratch.take_copy(host.data(), static_cast<i64>(host.size())) : host.data();
+  };
+  const Attended seen{nullptr, setup_.queries.span(setup_.layer, span.begin, span.end), there(out), there(lse)};
+  evict_->attended(cache_, span, seen);
 }
 
 Eviction LayerPipeline::evict_at_cut() {
@@ -150,18 +232,22 @@ void LayerPipeline::follow_slots() {
   cache_.compact_positions(*setup_.rope);
   const Layer& layer = setup_.layer;
   const i64 d = layer.head_dim, tokens = setup_.queries.tokens;
-  const Queries q = original_queries_.span(layer, 0, tokens);
-  turned_queries_.resize(static_cast<std::size_t>(layer.num_qo_heads * tokens * d));
+  const i64 elements = layer.num_qo_heads * tokens * d;
+  const std::vector<std::byte> raw = setup_.scratch->read(static_cast<const std::byte*>(original_queries_.data),
+                                                          elements * size_of(original_queries_.dtype));
+  std::vector<float> turned(static_cast<std::size_t>(elements));
   for (i64 h = 0; h < layer.num_qo_heads; ++h) {
     const i32 head = static_cast<i32>(h / layer.group());
     const std::vector<i32> positions = cache_.positions(head);
     const double delta = static_cast<double>(cache_.length(head) - 1 - positions.back());
     for (i64 i = 0; i < tokens; ++i) {
-      float* row = turned_queries_.data() + (h * tokens + i) * d;
-      for (i64 c = 0; c < d; ++c) row[c] = q.at(0, h, i, c);
+      float* row = turned.data() + (h * tokens + i) * d;
+      for (i64 c = 0; c < d; ++c) row[c] = load(raw.data(), original_queries_.dtype, (h * tokens + i) * d + c);
       setup_.rope->shift(row, delta);
     }
   }
+  if (turned_queries_.size() != elements) turned_queries_ = Buffer<float>(setup_.scratch->shared_device(), elements);
+  setup_.scratch->device().copy_in(turned_queries_.data(), turned.data(), turned.size() * sizeof(float));
   setup_.queries.data = turned_queries_.data();
   setup_.queries.dtype = Dtype::f32;
   for (auto* r : {select_.get(), evict_.get(), allocate_.get()})
@@ -170,7 +256,7 @@ void LayerPipeline::follow_slots() {
 
 Step LayerPipeline::read_cached(i64 begin, i64 end) {
   const CallSpan span{Phase::decode, 0, begin, end};
-  return attend_choice(span, choose_everything(cache_, setup_, span, static_cast<i32>(end - begin)));
+  return choose_and_attend(span, true);
 }
 
 Step LayerPipeline::step(i64 position, i64 step) {
@@ -178,10 +264,7 @@ Step LayerPipeline::step(i64 position, i64 step) {
   const CallSpan span{Phase::decode, step, position, position + 1};
   prepare(span, Phase::decode);
   refresh_sides(span);
-  const bool everything = !select_ || dense_layer(*select_);
-  Step out = attend_choice(
-      span, everything ? choose_everything(cache_, setup_, span, 1)
-                       : choose(*select_, evict_ ? nullptr : allocate_.get(), cache_, setup_, span, options_));
+  Step out = choose_and_attend(span, false);
   evict_if_due(span);
   return out;
 }
@@ -191,7 +274,7 @@ void LayerPipeline::follow(i64 position) {
   const CallSpan span{Phase::decode, since_cut_, position, position + 1};
   prepare(span, Phase::decode);
   refresh_sides(span);
-  attend_choice(span, choose_everything(cache_, setup_, span, 1));
+  choose_and_attend(span, true);
   evict_if_due(span);
 }
 

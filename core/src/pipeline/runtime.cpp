@@ -4,9 +4,9 @@
 #include <cstring>
 #include <iterator>
 #include <limits>
-#include <list>
 
 #include "lacuna/base/error.hpp"
+#include "pipeline/row_kernels.hpp"
 
 namespace lacuna {
 using namespace sdk;
@@ -27,8 +27,6 @@ Queries QuerySource::span(const Layer& layer, i64 begin, i64 end) const {
 }
 
 namespace {
-constexpr i64 kAlignment = 256, kMaxCarves = 64;  // alignment is the core's to pay, not the strategy's
-
 i32 report(sdk::Error* error, const std::string& text) {
   error->code = 1;
   std::snprintf(error->text, sizeof error->text, "%s", text.c_str());
@@ -47,7 +45,7 @@ i64 splitmix(i64 x) {
 class StrategyRuntime::Services final : public sdk::Services {
  public:
   Services(StrategyRuntime& self, KvCache& cache, const CallSpan& span)
-      : self_(self), cache_(cache), span_(span), ops_(call_, self.cost_) {
+      : self_(self), cache_(cache), span_(span), scratch_(*self.setup_.scratch), frame_(scratch_) {
     call_.layer = self.setup_.layer;
     call_.phase = span.phase;
     call_.purpose = self.purpose_;
@@ -58,10 +56,15 @@ class StrategyRuntime::Services final : public sdk::Services {
     call_.random.key =
         static_cast<u64>(splitmix(static_cast<i64>(self.setup_.seed) * 1000003 + self.setup_.layer.index));
     call_.random.step = static_cast<u64>(span.step + 1);
+    call_.on_device = scratch_.on_device();
+    call_.stream = scratch_.device().stream();
+    const std::size_t bytes =
+        ops_workspace_bytes(call_.on_device != 0, call_.layer, 1, self.setup_.max_tokens, self.setup_.queries.tokens);
+    ops_ = make_ops(call_, self.cost_, bytes > 0 ? scratch_.ops_workspace(bytes) : nullptr, bytes);
   }
 
   const Call& call() const noexcept override { return call_; }
-  Ops& ops() noexcept override { return ops_; }
+  CoreOps& ops() noexcept override { return *ops_; }
 
   i32 array(ArrayKind kind, const char* name, i64 bytes, Array* out, sdk::Error* error) noexcept override try {
     switch (kind) {
@@ -88,7 +91,7 @@ class StrategyRuntime::Services final : public sdk::Services {
   i32 oracle_mass(Scores* out, sdk::Error* error) noexcept override try {
     if (!self_.entry().clairvoyant) return report(error, "asks for the true mass without declaring clairvoyant");
     if (self_.purpose_ == Purpose::select) {
-      ops_.unit_mass(self_.setup_.queries.span(self_.setup_.layer, span_.begin, span_.end), *out);
+      ops_->unit_mass(self_.setup_.queries.span(self_.setup_.layer, span_.begin, span_.end), *out);
       return 0;
     }
     return future_mass(out, error);
@@ -114,9 +117,12 @@ class StrategyRuntime::Services final : public sdk::Services {
     for (i32 i = 0; i < self_.plan_.num_states; ++i) {
       const State& declared = self_.plan_.states[i];
       if (std::strcmp(declared.name, name) != 0) continue;
-      auto& bytes = self_.states_[name];
-      bytes.resize(static_cast<std::size_t>(declared.elements * size_of(declared.dtype)));
-      *out = Array{bytes.data(), declared.dtype, 2, {1, declared.elements, 0, 0}, {declared.elements, 1, 0, 0}};
+      auto& buffer = self_.states_[name];
+      if (const i64 bytes = declared.elements * size_of(declared.dtype); buffer.size() != bytes) {
+        buffer = Buffer<std::byte>(scratch_.shared_device(), bytes);
+        scratch_.device().fill(buffer.data(), 0, static_cast<std::size_t>(bytes));
+      }
+      *out = Array{buffer.data(), declared.dtype, 2, {1, declared.elements, 0, 0}, {declared.elements, 1, 0, 0}};
       return 0;
     }
     return report(error, std::string("state '") + name + "' was not declared in plan()");
@@ -127,15 +133,8 @@ class StrategyRuntime::Services final : public sdk::Services {
       return report(error, "workspace of " + std::to_string(self_.plan_.workspace_bytes) +
                                " bytes asked for in plan() is " +
                                std::to_string(asked_ + bytes - self_.plan_.workspace_bytes) + " bytes short");
-    const i64 size = (std::max<i64>(bytes, 1) + kAlignment - 1) / kAlignment * kAlignment;
-    if (used_ + size > static_cast<i64>(self_.workspace_.size()) - kAlignment)
-      return report(error, "more than " + std::to_string(kMaxCarves) + " arrays carved from the workspace in one call");
-    auto base = reinterpret_cast<std::uintptr_t>(self_.workspace_.data());
-    base = (base + kAlignment - 1) / kAlignment * kAlignment + static_cast<std::uintptr_t>(used_);
-    std::memset(reinterpret_cast<void*>(base), 0, static_cast<std::size_t>(size));
-    used_ += size;
     asked_ += bytes;
-    *out = Array{reinterpret_cast<void*>(base), Dtype::u8, 1, {bytes, 0, 0, 0}, {1, 0, 0, 0}};
+    *out = Array{scratch_.take_zero<std::byte>(bytes), Dtype::u8, 1, {bytes, 0, 0, 0}, {1, 0, 0, 0}};
     return 0;
   }
 
@@ -144,14 +143,13 @@ class StrategyRuntime::Services final : public sdk::Services {
   void poison(Queries* q) {
     const i64 d = q->head_dim, rows = q->count + 1;
     const i64 row_bytes = d * size_of(q->dtype);
-    auto& copy = poisoned_.emplace_back(static_cast<std::size_t>(q->heads * rows * row_bytes), std::byte{0xff});
-    for (i64 h = 0; h < q->heads; ++h)
-      for (i64 i = 0; i < q->count; ++i)
-        std::memcpy(
-            copy.data() + (h * rows + i) * row_bytes,
-            static_cast<const std::byte*>(q->data) + (h * q->head_stride + i * q->row_stride) * size_of(q->dtype),
-            static_cast<std::size_t>(row_bytes));
-    q->data = copy.data();
+    auto* copy = scratch_.take<std::byte>(q->heads * rows * row_bytes);
+    scratch_.device().fill(copy, 0xff, static_cast<std::size_t>(q->heads * rows * row_bytes));
+    for (i64 h = 0; h < q->heads; ++h)  // a head's queries lie together
+      scratch_.device().copy(copy + h * rows * row_bytes,
+                             static_cast<const std::byte*>(q->data) + h * q->head_stride * size_of(q->dtype),
+                             static_cast<std::size_t>(q->count * row_bytes));
+    q->data = copy;
     q->row_stride = d;
     q->head_stride = rows * d;
     q->seq_stride = q->heads * rows * d;
@@ -163,28 +161,31 @@ class StrategyRuntime::Services final : public sdk::Services {
     const Layer& layer = self_.setup_.layer;
     if (!source.dense_lse) return report(error, "no later queries are known here");
     const i64 begin = span_.end, count = source.tokens - begin;
-    std::vector<float> lse(static_cast<std::size_t>(layer.num_qo_heads * std::max<i64>(count, 1)));
-    for (i32 h = 0; h < layer.num_qo_heads; ++h)
-      std::copy_n(source.dense_lse + h * source.tokens + begin, count, lse.data() + h * count);
-    std::vector<float> columns(static_cast<std::size_t>(layer.num_qo_heads * out->stride), 0.f);
+    float* lse = scratch_.take<float>(layer.num_qo_heads * std::max<i64>(count, 1));
+    float* columns = scratch_.take_zero<float>(layer.num_qo_heads * out->stride);
     if (count > 0) {
-      const Attended later{nullptr, source.span(layer, begin, source.tokens), nullptr, lse.data()};
-      if (const i32 code = ops_.read_mass(later, columns.data(), out->stride, error)) return code;
+      for (i32 h = 0; h < layer.num_qo_heads; ++h)
+        scratch_.device().copy(lse + h * count, source.dense_lse + h * source.tokens + begin,
+                               static_cast<std::size_t>(count) * sizeof(float));
+      const Attended later{nullptr, source.span(layer, begin, source.tokens), nullptr, lse};
+      if (const i32 code = ops_->read_mass(later, columns, out->stride, error)) return code;
     }
     if (out->rows.per_query_head) {
-      std::copy(columns.begin(), columns.end(), out->value);
+      scratch_.device().copy(out->value, columns,
+                             static_cast<std::size_t>(layer.num_qo_heads * out->stride) * sizeof(float));
       return 0;
     }
-    return ops_.group_reduce(columns.data(), out->value, out->units, out->stride, Reduce::sum, error);
+    return ops_->group_reduce(columns, out->value, out->units, out->stride, Reduce::sum, error);
   }
 
   StrategyRuntime& self_;
   KvCache& cache_;
   CallSpan span_;
   Call call_{};
-  CpuOps ops_;
-  i64 asked_ = 0, used_ = 0;                    // of the workspace: by the strategy, and with alignment
-  std::list<std::vector<std::byte>> poisoned_;  // each is good until the call ends
+  Scratch& scratch_;
+  Scratch::Frame frame_;  // workspace and poisoned copies are good until the call ends
+  std::unique_ptr<CoreOps> ops_;
+  i64 asked_ = 0;  // of the workspace
 };
 
 template <class F>
@@ -253,7 +254,6 @@ void StrategyRuntime::prepare(KvCache& cache, const CallSpan& span, i64 budget_t
     check_plan();
     if (span.phase == Phase::decode || purpose_ == Purpose::evict) plan_.q_tile = 1;
     if (purpose_ == Purpose::evict) plan_.unit_tokens = 1;
-    workspace_.resize(static_cast<std::size_t>(plan_.workspace_bytes + (kMaxCarves + 1) * kAlignment));
     planned_ = true;
     for (i32 i = 0; i < plan_.num_sides; ++i) {
       const std::string name = role_ + "/" + plan_.sides[i].name;
@@ -287,13 +287,16 @@ void StrategyRuntime::index(KvCache& cache, const CallSpan& span, const Dirty& d
   }
   indexed_[dirty.unit_tokens] = true;
   const Paged kv = cache.view();
-  std::vector<i32> begin(static_cast<std::size_t>(kv.rows), 0), end(begin);
-  Dirty all{kv.rows, dirty.unit_tokens, begin.data(), end.data(), 0};
-  for (i32 r = 0; r < kv.rows; ++r) {
-    end[static_cast<std::size_t>(r)] = (kv.length[r] + dirty.unit_tokens - 1) / dirty.unit_tokens;
-    all.max_units = std::max(all.max_units, end[static_cast<std::size_t>(r)]);
-  }
+  Scratch& scratch = *setup_.scratch;
+  const Scratch::Frame frame(scratch);
+  i32 *begin = scratch.take_zero<i32>(kv.rows), *end = scratch.take<i32>(kv.rows);
+  count_units(scratch.device(), kv.length, kv.rows, dirty.unit_tokens, end);
+  const Dirty all{kv.rows, dirty.unit_tokens, begin, end, (kv.max_length + dirty.unit_tokens - 1) / dirty.unit_tokens};
   if (all.max_units > 0) call(cache, span, [&](Services& s) { instance_.index(s, all); });
+}
+
+void StrategyRuntime::with_ops(KvCache& cache, const CallSpan& span, const std::function<void(CoreOps&)>& f) {
+  call(cache, span, [&](Services& s) { f(s.ops()); });
 }
 
 void StrategyRuntime::score(KvCache& cache, const CallSpan& span, Scores& scores) {

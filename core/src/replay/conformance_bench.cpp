@@ -168,7 +168,7 @@ Outcome Bench::run(const Use& use, const Shape& shape, const Cell& cell, bool po
   LayerReplay& on = layer(shape, poison);
   try {
     const auto keep = [&](const Eviction& e) { out.eviction = e; };
-    out.run = run_phase(on, info(shape), cell, use.phase, queries(use, shape, cell), {poison, false, {}, keep});
+    out.run = run_phase(on, info(shape), cell, use.phase, queries(use, shape, cell), {poison, false, false, {}, keep});
   } catch (const std::exception& e) {
     out.error = e.what();
   }

@@ -30,7 +30,7 @@ std::string stale_selection(Bench& bench, const Use& use, const Cell& cell, cons
   LayerPipeline driven(roles, setup, layer.fork(prompt), {true});
   if (evict) {
     const std::vector<float> out = layer.dense_out(0, prompt), lse = layer.dense_lse(0, prompt);
-    driven.observe_prefill(out.data(), lse.data());
+    driven.observe_prefill(out, lse);
     driven.evict_at_cut();
   }
   for (i64 i = 0; i < kRegular.decode_tokens; ++i) {

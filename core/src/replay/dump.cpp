@@ -58,14 +58,15 @@ class PrefillRows {
  public:
   void take(const Step& step, const Layer& layer, i64 queries) {
     const Choice& choice = step.choice;
-    const Selection& s = choice.selection.view();
-    kv_block_ = s.kv_block > 1 ? s.kv_block : 0;
-    weighted_ = s.token_log_weight != nullptr;
+    kv_block_ = choice.kv_block > 1 ? choice.kv_block : 0;
+    weighted_ = choice.weighted;
+    const i32 tiles = choice.tiles();
     for (i32 head = 0; head < layer.num_qo_heads; ++head)
-      for (i32 tile = 0; tile < choice.tiles; ++tile) {
-        const i64 row = static_cast<i64>(s.rows.per_query_head ? head : head / layer.group()) * choice.tiles + tile;
-        const i64 begin = static_cast<i64>(tile) * choice.q_tile, end = std::min(begin + choice.q_tile, queries);
-        take_row(s, row, choice.sets[static_cast<std::size_t>(head * choice.tiles + tile)], begin, end);
+      for (i32 tile = 0; tile < tiles; ++tile) {
+        const i64 row = static_cast<i64>(choice.rows.per_query_head ? head : head / layer.group()) * tiles + tile;
+        const i64 begin = static_cast<i64>(tile) * choice.q_tile(), end = std::min(begin + choice.q_tile(), queries);
+        take_row(choice.lists[static_cast<std::size_t>(row)],
+                 choice.sets[static_cast<std::size_t>(head * tiles + tile)], begin, end);
       }
   }
 
@@ -84,12 +85,12 @@ class PrefillRows {
   }
 
  private:
-  void take_row(const Selection& s, i64 row, const RowSet& set, i64 begin, i64 end) {
+  void take_row(const RowLists& lists, const RowSet& set, i64 begin, i64 end) {
     std::vector<i32> starts;
-    if (s.full[row] && kv_block_ > 0) {
+    if (lists.full && kv_block_ > 0) {
       for (i64 at = 0; at < end; at += kv_block_) starts.push_back(static_cast<i32>(at));
-    } else if (!s.full[row]) {
-      starts.assign(s.pieces + row * s.piece_capacity, s.pieces + row * s.piece_capacity + s.piece_count[row]);
+    } else if (!lists.full) {
+      starts = lists.pieces;
       std::sort(starts.begin(), starts.end());
     }
     std::size_t piece = 0;
@@ -108,8 +109,8 @@ class PrefillRows {
     pieces_.end_row();
     columns_.end_row();
     cells_.add_row(set.cells(begin, end));
-    sinks_.push_back(s.exact_sinks[row]);
-    window_.push_back(s.exact_window[row]);
+    sinks_.push_back(lists.sinks);
+    window_.push_back(lists.window);
   }
 
   Ragged pieces_, columns_, cells_;
@@ -124,7 +125,7 @@ class DecodeRows {
   explicit DecodeRows(i64 first_position) : position_(first_position) {}
 
   void take(const Step& step) {
-    weighted_ |= step.choice.selection.view().token_log_weight != nullptr;
+    weighted_ |= step.choice.weighted;
     for (const RowSet& set : step.position_sets) {
       tokens_.add_row(set.cells(position_, position_ + 1));
       for (auto i = static_cast<std::size_t>(*(tokens_.indptr.end() - 2)); i < tokens_.indices.size(); ++i)
@@ -194,13 +195,13 @@ void dump(const Trace& trace, const Cell& cell, const DumpOptions& options, cons
                                 "a strategy that acts in this phase", reason, info.path,
                                 "choose another phase, or give the role that acts in it"});
 
-  LayerReplay layer(trace, options.layer, options.page_size, options.check);
+  LayerReplay layer(trace, options.layer, options.page_size, options.check, options.device);
   const Layer& l = layer.layer();
   PrefillRows prefill;
   DecodeRows decode(q.begin);
   Ragged kept;
   ScoreRows scores;
-  PhaseOptions run_options{options.check, options.scores, {}, {}};
+  PhaseOptions run_options{options.check, options.phase == ReplayPhase::prefill, options.scores, {}, {}};
   if (options.phase != ReplayPhase::evict)
     run_options.on_step = [&](const Step& step) {
       if (options.phase == ReplayPhase::prefill)

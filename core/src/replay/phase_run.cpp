@@ -94,8 +94,9 @@ void run_prefill(PhaseRun& run, LayerPipeline& pipeline, Collector& collect, i64
   Step step = pipeline.prefill();
   collect.add(step, 0, queries);
   run.sets = std::move(step.position_sets);
-  run.q_tile = step.choice.q_tile;
+  run.q_tile = step.choice.q_tile();
   run.unweighted_out = std::move(step.unweighted_out);
+  run.unweighted_lse = std::move(step.unweighted_lse);
 }
 
 /// One query at a time from `begin` on: decode steps, or every query after a cut of a method that evicts at each step.
@@ -105,6 +106,7 @@ void run_steps(PhaseRun& run, LayerReplay& layer, LayerPipeline& pipeline, Colle
   run.q_tile = 1;
   run.sets.resize(static_cast<std::size_t>(l.num_qo_heads * queries));
   run.unweighted_out.resize(run.out.size());
+  run.unweighted_lse.resize(run.lse.size());
   bool weighted = false;
   for (i64 i = 0; i < queries; ++i) {
     Step step = pipeline.step(begin + i, i);
@@ -112,11 +114,17 @@ void run_steps(PhaseRun& run, LayerReplay& layer, LayerPipeline& pipeline, Colle
     for (i32 h = 0; h < l.num_qo_heads; ++h)
       run.sets[static_cast<std::size_t>(h * queries + i)] = std::move(step.position_sets[static_cast<std::size_t>(h)]);
     weighted |= !step.unweighted_out.empty();
-    const std::vector<float>& plain = step.unweighted_out.empty() ? step.out : step.unweighted_out;
-    for (i64 h = 0; h < l.num_qo_heads; ++h)
-      std::copy_n(plain.begin() + h * d, d, run.unweighted_out.begin() + (h * queries + i) * d);
+    const bool plain = step.unweighted_out.empty();
+    const std::vector<float>&out = plain ? step.out : step.unweighted_out,
+          &lse = plain ? step.lse : step.unweighted_lse;
+    for (i64 h = 0; h < l.num_qo_heads; ++h) {
+      std::copy_n(out.begin() + h * d, d, run.unweighted_out.begin() + (h * queries + i) * d);
+      run.unweighted_lse[static_cast<std::size_t>(h * queries + i)] = lse[static_cast<std::size_t>(h)];
+    }
   }
-  if (!weighted) run.unweighted_out.clear();
+  if (weighted) return;
+  run.unweighted_out.clear();
+  run.unweighted_lse.clear();
 }
 
 /// What the phase's roles are, an allocator only where it serves one of them.
@@ -221,14 +229,15 @@ PhaseRun run_phase(LayerReplay& layer, const TraceInfo& info, const Cell& cell, 
   const bool evicts = phase != ReplayPhase::prefill && (cell.evict || (cell.allocate && !cell.select));
   const i64 cut = evicts ? cut_of(info, cut_parameter(cell)) : begin;
   LayerPipeline pipeline(roles, setup, layer.fork(phase == ReplayPhase::prefill ? end : cut),
-                         {true, options.keep_scores});
+                         layer.choose_options(options.keep_lists, options.keep_scores));
+  run.rotated_keys = cell.evict && evicts && cell.evict->shared.value("positions", std::string()) == "compacted";
   Collector collect(run, layer, end - begin, options);
 
   Eviction eviction;
   if (evicts) {
     if (cell.evict && cell.evict->type->entry().attended) {
       const std::vector<float> out = layer.dense_out(0, cut), lse = layer.dense_lse(0, cut);
-      pipeline.observe_prefill(out.data(), lse.data());
+      pipeline.observe_prefill(out, lse);
     }
     eviction = pipeline.evict_at_cut();
     if (options.on_eviction) options.on_eviction(eviction);
@@ -305,7 +314,14 @@ std::vector<double> mass_of(LayerReplay& layer, PhaseQueries queries, const Phas
   std::vector<double> mass(run.lse.size(), 1.0);
   if (layer.layer().sliding_window > 0) return mass;
   const std::vector<float> lse = layer.dense_lse(queries.begin, queries.end);
-  set_mass(layer.dense_attention(queries.begin, queries.end), run.sets, run.q_tile, lse.data(), mass.data());
+  if (!layer.on_device() || run.rotated_keys) {
+    set_mass(layer.host_attention(queries.begin, queries.end), run.sets, run.q_tile, lse.data(), mass.data());
+    return mass;
+  }
+  // The same keys were read as by dense attention, so that the two sums of exponentials have this ratio.
+  const std::vector<float>& read = run.unweighted_lse.empty() ? run.lse : run.unweighted_lse;
+  for (std::size_t i = 0; i < mass.size(); ++i)
+    mass[i] = std::min(1.0, std::exp(static_cast<double>(read[i]) - static_cast<double>(lse[i])));
   return mass;
 }
 

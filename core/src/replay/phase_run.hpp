@@ -11,10 +11,11 @@
 namespace lacuna {
 
 struct PhaseRun {
-  std::vector<float> out, lse;        // [num_qo_heads, queries(, head_dim)]
-  std::vector<float> unweighted_out;  // where log weights were used
-  std::vector<RowSet> sets;           // per (query head, tile), original positions
+  std::vector<float> out, lse;                        // [num_qo_heads, queries(, head_dim)]
+  std::vector<float> unweighted_out, unweighted_lse;  // where log weights were used
+  std::vector<RowSet> sets;                           // per (query head, tile), original positions
   sdk::i32 q_tile = 1;
+  bool rotated_keys = false;  // positions = compacted: what was read is not what dense attention has at those positions
   std::vector<sdk::i64> kept;  // eviction in one cut: tokens kept before it, per KV head
   AttentionWork work;
   RowCost cost;
@@ -23,9 +24,9 @@ struct PhaseRun {
 };
 
 struct PhaseOptions {
-  bool poison = false;                       // queries beyond a call's are NaN (freed cache slots: LayerReplay's own)
-  bool keep_scores = false;                  // in what the functions below see
-  std::function<void(const Step&)> on_step;  // prefill, a read after the cut, or each decode step, in order
+  bool poison = false;  // queries beyond a call's are NaN (freed cache slots: LayerReplay's own)
+  bool keep_lists = false, keep_scores = false;      // in what the functions below see
+  std::function<void(const Step&)> on_step;          // prefill, a read after the cut, or each decode step, in order
   std::function<void(const Eviction&)> on_eviction;  // at the cut
 };
 

@@ -74,7 +74,7 @@ class LayerRun {
         cells_(cells),
         options_(options),
         result_(result),
-        layer_(trace, layer, options.page_size, options.check) {}
+        layer_(trace, layer, options.page_size, options.check, options.device) {}
 
   void run() {
     if (options_.phases.count(ReplayPhase::prefill)) phase(ReplayPhase::prefill, "");
@@ -140,7 +140,7 @@ class LayerRun {
     const i32 heads = layer_.layer().num_qo_heads, d = layer_.layer().head_dim;
     const std::vector<float> out = layer_.dense_out(begin, ref.end), lse = layer_.dense_lse(begin, ref.end);
     std::vector<double> exact_out(out.size()), exact_lse(lse.size());
-    attend_fp64(layer_.dense_attention(begin, ref.end), exact_out.data(), exact_lse.data(), nullptr);
+    attend_fp64(layer_.host_attention(begin, ref.end), exact_out.data(), exact_lse.data(), nullptr);
     const std::vector<float> truth_out(exact_out.begin(), exact_out.end()),
         truth_lse(exact_lse.begin(), exact_lse.end());
     std::vector<float> rounded(out.size());
@@ -173,7 +173,8 @@ class LayerRun {
 
   void cell_row(const Reference& ref, const Cell& cell, Row& row, std::vector<Pending>& pending) {
     const auto start = std::chrono::steady_clock::now();
-    PhaseRun run = run_phase(layer_, info_, cell, ref.phase, {ref.begin, ref.end}, {options_.check, false, {}, {}});
+    PhaseRun run =
+        run_phase(layer_, info_, cell, ref.phase, {ref.begin, ref.end}, {options_.check, false, false, {}, {}});
     row.cost = run.cost;
     row.cost.seconds = std::chrono::duration<double>(std::chrono::steady_clock::now() - start).count();
     row.marks = run.marks;
@@ -197,7 +198,7 @@ class LayerRun {
 
     p.mass = mass_of(layer_, {ref.begin, ref.end}, run);
     if (layer_.layer().sliding_window == 0) {
-      p.request = oracle_request(layer_.dense_attention(ref.begin, ref.end), run.sets, run.q_tile);
+      p.request = oracle_request(layer_.host_attention(ref.begin, ref.end), run.sets, run.q_tile);
       p.q_tile = run.q_tile;
       p.kept = run.kept;
     }
@@ -222,7 +223,7 @@ class LayerRun {
   /// The matched oracle answers all methods of a tile size in one pass over the layer.
   void regrets(const Reference& ref, std::vector<Pending>& pending) {
     if (pending.empty()) return;
-    const Attention dense = layer_.dense_attention(ref.begin, ref.end);
+    const Attention dense = layer_.host_attention(ref.begin, ref.end);
     const i32 heads = layer_.layer().num_qo_heads;
     std::map<i32, std::vector<Pending*>> by_tile;
     std::vector<Pending*> evicted;

@@ -42,4 +42,11 @@ CudaAttentionPlan plan_cuda_attention(const Attention& a);
 void attend_cuda(const Attention& a, float* out, float* lse, void* workspace, std::size_t workspace_bytes,
                  void* stream);
 
+/// What each row of a.read holds, as ascending lists of distinct slots [rows, stride >= max_length]: an entry is a
+/// slot, with its sign bit set where only the exact window holds it. count [rows]; -1: a full row, nothing is listed.
+/// weight [rows, stride] log weights, or null; `owners`: rows * stride * 8 bytes that it needs besides. Device memory;
+/// enqueues as attend_cuda.
+void list_keys_cuda(const Attention& a, sdk::i32* slot, float* weight, sdk::i32* count, sdk::i64 stride, void* owners,
+                    void* stream);
+
 }  // namespace lacuna

@@ -20,6 +20,7 @@ struct Step {
   std::vector<float> out;             // [num_qo_heads, queries, head_dim]
   std::vector<float> lse;             // [num_qo_heads, queries]
   std::vector<float> unweighted_out;  // the same set read without its log weights; empty where it has none
+  std::vector<float> unweighted_lse;  // likewise
   Choice choice;
   /// choice.sets in original positions: what a cache that never evicted would call them.
   std::vector<RowSet> position_sets;
@@ -34,8 +35,8 @@ class LayerPipeline {
   /// Select and attend for the prompt, which is all that is cached.
   Step prefill();
   /// Tells the evict strategy of the dense prefill pass over what is cached: out, lse [num_qo_heads, queries(,
-  /// head_dim)].
-  void observe_prefill(const float* out, const float* lse);
+  /// head_dim)], host memory.
+  void observe_prefill(const std::vector<float>& out, const std::vector<float>& lse);
   /// Evicts once, after the prompt up to here; later calls of step() evict again when the strategy asks for it.
   Eviction evict_at_cut();
   /// Appends the tokens [begin, begin + n) of the source to the cache.
@@ -48,6 +49,15 @@ class LayerPipeline {
   void follow(sdk::i64 position);
   /// Appends token `position` and runs one decode step: select, attend, attended, and eviction if it is due.
   Step step(sdk::i64 position, sdk::i64 step);
+
+  /// The choice alone that prefill() or step() makes for `span`, whose tokens are cached already. Without account and
+  /// check in `options` nothing is read back; once a call of the shape has been made, nothing is allocated either.
+  Choice choose_for(const CallSpan& span, const ChooseOptions& options, const RangeVisitor& visit);
+  /// Attention over a selection (null: everything): out, lse as Step's, memory of the cache's device. Enqueues only.
+  AttentionWork attend_to(const CallSpan& span, const sdk::Selection* read, bool ignore_weights, float* out,
+                          float* lse);
+  /// Brings side data up to date, as prefill() and step() do first.
+  void index(const CallSpan& span) { refresh_sides(span); }
 
   bool evicts_while_decoding() const { return evict_ && evict_->plan().evict_every > 0; }
   const KvCache& cache() const { return cache_; }
@@ -62,7 +72,7 @@ class LayerPipeline {
   void prepare(const CallSpan& span, sdk::Phase select_phase);
   void refresh_sides(const CallSpan& span);
   void follow_slots();
-  Step attend_choice(const CallSpan& span, Choice choice);
+  Step choose_and_attend(const CallSpan& span, bool everything);
   bool dense_layer(const StrategyRuntime& runtime) const;
 
   LayerSetup setup_;
@@ -73,7 +83,7 @@ class LayerPipeline {
   sdk::i64 since_cut_ = 0;  // tokens appended one by one since the cut
   sdk::i64 capacity_ = -1;  // target fixed at the cut
   bool compacted_ = false;
-  std::vector<float> turned_queries_;
+  Buffer<float> turned_queries_;
 };
 
 }  // namespace lacuna

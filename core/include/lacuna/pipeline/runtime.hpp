@@ -2,19 +2,22 @@
 // roles are called with.
 #pragma once
 
+#include <functional>
 #include <map>
 #include <memory>
 #include <string>
 #include <vector>
 
 #include "lacuna/kv/kv_cache.hpp"
-#include "lacuna/ops/cpu_ops.hpp"
+#include "lacuna/ops/core_ops.hpp"
+#include "lacuna/pipeline/scratch.hpp"
 #include "lacuna/strategy/contract.hpp"
 #include "lacuna/strategy/instance.hpp"
 
 namespace lacuna {
 
-/// The layer's queries [num_qo_heads, tokens, head_dim] after RoPE, and what the clairvoyant may know.
+/// The layer's queries [num_qo_heads, tokens, head_dim] after RoPE, and what the clairvoyant may know; memory of the
+/// cache's device.
 struct QuerySource {
   const void* data = nullptr;
   sdk::Dtype dtype = sdk::Dtype::f32;
@@ -25,7 +28,7 @@ struct QuerySource {
   sdk::Queries span(const sdk::Layer& layer, sdk::i64 begin, sdk::i64 end) const;
 };
 
-/// The layer's keys and values [num_kv_heads, tokens, head_dim], keys after RoPE.
+/// The layer's keys and values [num_kv_heads, tokens, head_dim], keys after RoPE; memory of the cache's device.
 struct KvSource {
   const void *k = nullptr, *v = nullptr;
   sdk::Dtype dtype = sdk::Dtype::f32;
@@ -39,8 +42,9 @@ struct LayerSetup {
   KvSource kv;
   const Rope* rope = nullptr;  // for positions = compacted
   std::uint64_t seed = 0;
-  bool check = false;       // poison: queries after a call's own are NaN
-  sdk::i64 max_tokens = 0;  // longest the sequence gets
+  bool check = false;                // poison: queries after a call's own are NaN
+  sdk::i64 max_tokens = 0;           // longest the sequence gets
+  std::shared_ptr<Scratch> scratch;  // of the cache's device
 };
 
 /// The queries of one call.
@@ -74,6 +78,9 @@ class StrategyRuntime {
   /// Calls index() with the dirty units; the first time of a granularity with every unit.
   void index(KvCache& cache, const CallSpan& span, const sdk::Dirty& dirty);
 
+  /// The core's own work beside the strategy's, on the call's backend and at the strategy's cost.
+  void with_ops(KvCache& cache, const CallSpan& span, const std::function<void(CoreOps&)>& f);
+
   void score(KvCache& cache, const CallSpan& span, sdk::Scores& scores);
   void mark(KvCache& cache, const CallSpan& span, const sdk::Budget& budget, sdk::Selection& selection);
   void refine(KvCache& cache, const CallSpan& span, const sdk::Budget& budget, sdk::Selection& selection);
@@ -101,9 +108,8 @@ class StrategyRuntime {
   std::unique_ptr<StrategyRuntime> base_;
   sdk::Plan plan_{};
   bool planned_ = false;
-  std::map<std::string, std::vector<std::byte>> states_;
+  std::map<std::string, Buffer<std::byte>> states_;
   std::map<sdk::i32, bool> indexed_;
-  std::vector<std::byte> workspace_;
   Cost cost_;
 };
 

@@ -15,6 +15,7 @@ struct DumpOptions {
   bool scores = false;  // also scores, as ranked (after the GQA reduction)
   bool check = false;
   sdk::i32 page_size = 16;
+  std::shared_ptr<Device> device = cpu_device();
 };
 
 /// Writes the safetensors file `path` (atomically). Tensors, rows and metadata: docs/dump.md. Throws Error for a cell

@@ -13,6 +13,7 @@ struct ReplayOptions {
   std::set<ReplayPhase> phases;
   bool check = false;  // poison what a strategy may not read (its contract is always checked)
   sdk::i32 page_size = 16;
+  std::shared_ptr<Device> device = cpu_device();  // where caches live and strategies run
   std::optional<std::int64_t>
       min_context;  // visible tokens that a compared prefill query needs; default min(32 / density, half the prompt)
   double default_density = 1;  // for the default of min_context where a method has no density: the study's smallest

@@ -213,7 +213,8 @@ struct Budget {
   double density;      // as the scenario gave it; 0: the budget is not a density
 };
 
-/// The set that each row reads, as a union; a token listed twice is read and charged once. Indices are slots.
+/// The set that each row reads, as a union; a token listed twice is read and charged once. Indices are slots. A role
+/// that fills it finds counts, exact parts, `full` and log weights 0, and lists uninitialised.
 struct Selection {
   Rows rows;
   i32 kv_block;                        // tokens of a piece; 0 when there are none

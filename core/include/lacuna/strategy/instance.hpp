@@ -5,19 +5,12 @@
 #include <nlohmann/json.hpp>
 #include <string>
 
+#include "lacuna/strategy/budget_spec.hpp"
 #include "lacuna/strategy/registry.hpp"
 
 namespace lacuna {
 
 using Json = nlohmann::ordered_json;
-
-/// A budget as a scenario gives it. `density`: share of the tokens (or pairs); `tokens`, `units`: counts; `mass`:
-/// top-p.
-struct BudgetSpec {
-  enum class Kind { none, density, tokens, units, mass } kind = Kind::none;
-  double value = 0;
-  bool proportional = false;  // prefill: shape = "proportional"
-};
 
 /// density, tokens, units, mass or shape: the keys of a role's table that make its budget.
 bool is_budget_key(const std::string& name);

@@ -181,3 +181,20 @@ void launch_lists(const Attention& a, i64 row_begin, i64 rows, const ListOutput&
 }
 
 }  // namespace lacuna::cuda::attention
+
+namespace lacuna {
+
+void list_keys_cuda(const Attention& a, sdk::i32* slot, float* weight, sdk::i32* count, sdk::i64 stride, void* owners,
+                    void* stream) {
+  cuda::attention::ListOutput out{};
+  out.slot = slot;
+  out.count = count;
+  out.stride = stride;
+  if (weight) {
+    out.weight = weight;
+    out.owner = static_cast<cuda::attention::OwnerKey*>(owners);
+  }
+  cuda::attention::launch_lists(a, 0, a.read->rows.count(), out, static_cast<cudaStream_t>(stream));
+}
+
+}  // namespace lacuna

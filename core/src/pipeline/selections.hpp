@@ -1,0 +1,45 @@
+// Selections in scratch memory, and their copies on the host.
+#pragma once
+
+#include <vector>
+
+#include "lacuna/attention/attention.hpp"
+#include "lacuna/pipeline/runtime.hpp"
+#include "lacuna/pipeline/select.hpp"
+
+namespace lacuna {
+
+/// All rows empty, room as given. Beyond the lists' ends lie guard words, which check_guards() looks at.
+sdk::Selection make_selection(Scratch& scratch, const sdk::Rows& rows, sdk::i32 kv_block, sdk::i64 piece_capacity,
+                              sdk::i64 token_capacity, bool weighted);
+/// Throws Error where a strategy wrote beyond its room.
+void check_guards(Scratch& scratch, const sdk::Selection& selection, const Culprit& who);
+
+/// A budget in scratch memory, uninitialised.
+sdk::Budget make_budget(Scratch& scratch, const sdk::Rows& rows);
+
+/// check_budget of a budget in scratch memory.
+void check_host_budget(Scratch& scratch, const Culprit& who, const sdk::Budget& budget, sdk::i64 total);
+
+/// A selection that the host can read: the same memory on the CPU, else a copy.
+class HostSelection {
+ public:
+  HostSelection(Scratch& scratch, const sdk::Selection& selection);
+  HostSelection(const HostSelection&) = delete;
+  const sdk::Selection& view() const { return view_; }
+
+ private:
+  sdk::Selection view_;
+  std::vector<sdk::i32> ints_;
+  std::vector<float> weights_;
+};
+
+/// KV-head rows that read whatever any head of their group chose, each slot listed once, ascending; without log
+/// weights.
+sdk::Selection unite_groups(Scratch& scratch, CoreOps& ops, const sdk::Paged& kv, const sdk::Selection& of_heads,
+                            sdk::i32 num_kv_heads);
+
+/// Everything that `base` reads, exact parts included, as token lists of query-head rows.
+void list_cells(Scratch& scratch, const Attention& a, const sdk::Selection& base, const sdk::Selection& to);
+
+}  // namespace lacuna
