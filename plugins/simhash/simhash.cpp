@@ -1,15 +1,18 @@
 // SimHash (Charikar 2002, "Similarity estimation techniques from rounding algorithms"), as a ranking
 //
-//   g_1 .. g_b   = seeded Gaussian directions, one set a layer                 (state)
-//   code(x)      = the b signs of g . x                                        (keys: side data, written as tokens
-//   arrive) score(token) = -hamming(code(q), code(k))       (the angle between q and k is about pi / b times that
-//   distance) q is the current query; in eviction, the last one before the cut.
+//   g_1 .. g_b   = seeded Gaussian directions, one set a layer                        (state)
+//   code(x)      = the b signs of g . x                    (keys: side data, written as tokens arrive)
+//   score(token) = -hamming(code(q), code(k))              (the angle between q and k is about pi / b times that)
+//
+// q is the current query; in eviction, the last one before the cut. The loops below run on both back-ends. On a device
+// the kernels of kernels.cu take their place where nvcc built this file: the way to bring own kernels.
 #include <lacuna/sdk.hpp>
+
+#include "kernels.hpp"
 
 namespace {
 using namespace lacuna::sdk;
-
-constexpr i32 kWordBits = 16;
+using simhash::kWordBits;
 
 struct SimHash : Strategy {
   struct Params {
@@ -50,14 +53,20 @@ struct SimHash : Strategy {
     c.for_each(c.call().num_seqs * set, [=] LACUNA_HD(i64 i) {
       if (g[i] == 0.f) g[i] = random.normal(i % set / d, i % d);
     });
+    const double hashed = static_cast<double>(dirty.rows) * units * d;
+    c.charge(hashed * size_of(kv.dtype), 2.0 * hashed * words * kWordBits);
+#if defined(__CUDACC__)
+    if (c.call().on_device && d <= simhash::kMaxHeadDim) {
+      simhash::hash_keys(kv, dirty, heads_kv, {g, params.words, kv.head_dim}, codes, c.call().stream);
+      return;
+    }
+#endif
     c.for_each(dirty.rows * units * words, [=] LACUNA_HD(i64 i) {
       const i64 word = i % words, row = i / words / units, token = dirty.begin[row] + i / words % units;
       if (token >= dirty.end[row]) return;
       const float* directions = g + row / heads_kv * set + word * kWordBits * d;
       codes.at(row, token, word) = code(directions, d, [=](i64 e) { return kv.key(row, token, e); });
     });
-    const double hashed = static_cast<double>(dirty.rows) * units * d;
-    c.charge(hashed * size_of(kv.dtype), 2.0 * hashed * words * kWordBits);
   }
 
   void score(Context& c, Scores& s) override {
@@ -70,6 +79,15 @@ struct SimHash : Strategy {
     const float* g = c.state<float>("directions");
     u16* wanted = c.workspace<u16>(rows.count() * words);
     float* value = s.value;
+    const double compared = static_cast<double>(rows.count()) * units * words;
+    c.charge(compared / c.layer().group() * size_of(Dtype::u16), 2.0 * compared);
+#if defined(__CUDACC__)
+    if (c.call().on_device) {
+      simhash::hash_queries(q, rows, {g, params.words, q.head_dim}, wanted, c.call().stream);
+      simhash::score_tokens(kv, heads_kv, wanted, params.words, codes, s, c.call().stream);
+      return;
+    }
+#endif
     c.for_each(rows.count() * words, [=] LACUNA_HD(i64 i) {
       const i64 row = i / words, seq = rows.seq_of(row), head = rows.head_of(row);
       const float* directions = g + seq * set + i % words * kWordBits * d;
@@ -84,8 +102,6 @@ struct SimHash : Strategy {
       }
       value[row * stride + token] = static_cast<float>(-distance);
     });
-    const double compared = static_cast<double>(rows.count()) * units * words;
-    c.charge(compared / c.layer().group() * size_of(Dtype::u16), 2.0 * compared);
   }
 
  private:

@@ -11,8 +11,12 @@ run(${CMAKE_COMMAND} --install "${BUILD_DIR}" --prefix "${prefix}")
 
 # A copy, so that nothing beside it in the source tree can be found by accident.
 file(COPY "${SOURCE_DIR}/plugins" DESTINATION "${WORK_DIR}/source")
+set(cuda -DPLUGINS_CUDA=OFF)
+if(CUDA)
+  set(cuda -DPLUGINS_CUDA=ON "-DCMAKE_CUDA_COMPILER=${NVCC}" "-DCMAKE_CUDA_ARCHITECTURES=${ARCHITECTURES}")
+endif()
 run(${CMAKE_COMMAND} -S "${WORK_DIR}/source/plugins" -B "${consumer}" -G "${GENERATOR}" "-DCMAKE_CXX_COMPILER=${CXX}"
-    "-DCMAKE_PREFIX_PATH=${prefix}" -DCMAKE_BUILD_TYPE=Release)
+    "-DCMAKE_PREFIX_PATH=${prefix}" -DCMAKE_BUILD_TYPE=Release ${cuda})
 run(${CMAKE_COMMAND} --build "${consumer}")
 
 file(GLOB_RECURSE plugins "${consumer}/*.so")
