@@ -8,77 +8,20 @@
 
 #include <algorithm>
 #include <cmath>
-#include <cstdint>
-#include <numeric>
-#include <random>
 #include <vector>
 
-#include "lacuna/attention/attention.hpp"
+#include "attention_problem.hpp"
 
 namespace {
 
 using namespace lacuna;
-using sdk::i32;
-using sdk::i64;
+using namespace lacuna::bench;
 
-constexpr i32 kHeads = 8, kKvHeads = 2, kHeadDim = 128, kPage = 16, kBlock = 64;
+constexpr i32 kHeads = 8, kKvHeads = 2;
 
-std::vector<float> random_floats(i64 n, unsigned seed) {
-  std::mt19937 rng(seed);
-  std::normal_distribution<float> normal;
-  std::vector<float> out(static_cast<std::size_t>(n));
-  for (float& x : out) x = normal(rng);
-  return out;
-}
-
-/// One sequence in bf16 pages scattered over the pool, and its last `count` tokens' queries.
-struct Problem {
-  Problem(i64 tokens, i64 count)
-      : q(random_floats(kHeads * count * kHeadDim, 1)), length(kKvHeads, static_cast<i32>(tokens)) {
-    const i32 pages = static_cast<i32>((tokens + kPage - 1) / kPage);
-    table.resize(static_cast<std::size_t>(pages * kKvHeads));
-    std::iota(table.begin(), table.end(), 0);
-    std::shuffle(table.begin(), table.end(), std::mt19937(2));
-    position.resize(table.size() * kPage);
-    for (std::size_t p = 0; p < table.size(); ++p)
-      for (i32 s = 0; s < kPage; ++s)
-        position[static_cast<std::size_t>(table[p] * kPage + s)] = static_cast<i32>(p) % pages * kPage + s;
-    for (const float x : random_floats(static_cast<i64>(position.size()) * kHeadDim, 3)) k.push_back(sdk::to_bf16(x));
-    for (const float x : random_floats(static_cast<i64>(position.size()) * kHeadDim, 4)) v.push_back(sdk::to_bf16(x));
-    attention.layer = {0, 1, kHeads, kKvHeads, kHeadDim, 1.f / std::sqrt(static_cast<float>(kHeadDim)), 0};
-    attention.kv = {table.data(), length.data(), position.data(), k.data(), v.data(), sdk::Dtype::bf16,
-                    kKvHeads,     pages,         kPage,           kHeadDim, length[0]};
-    attention.q = {
-        q.data(),         sdk::Dtype::f32, 1, kHeads, kHeadDim, count, tokens - count, kHeads * count * kHeadDim,
-        count * kHeadDim, kHeadDim};
-    out.resize(q.size());
-    lse.resize(static_cast<std::size_t>(kHeads * count));
-  }
-  Problem(const Problem&) = delete;
-
-  /// Keeps in each tile of 64 queries its diagonal block and others at random, `density` of the visible ones.
-  void select_blocks(double density) {
-    std::mt19937 rng(5);
-    sdk::Rows rows{1, kKvHeads,          0, static_cast<i32>((attention.q.count + kBlock - 1) / kBlock), kBlock,
-                   0, attention.q.count, 0};
-    const auto n = static_cast<std::size_t>(rows.count());
-    counts.resize(n);
-    zeros.assign(n, 0);
-    pieces.assign(n * static_cast<std::size_t>(rows.tiles), 0);
-    for (i64 r = 0; r < rows.count(); ++r) {
-      std::vector<i32> blocks(static_cast<std::size_t>(rows.tile_of(r)));
-      std::iota(blocks.begin(), blocks.end(), 0);
-      std::shuffle(blocks.begin(), blocks.end(), rng);
-      blocks.resize(static_cast<std::size_t>(std::max(0., std::round(density * (rows.tile_of(r) + 1)) - 1)));
-      blocks.push_back(rows.tile_of(r));
-      counts[static_cast<std::size_t>(r)] = static_cast<i32>(blocks.size());
-      for (std::size_t b = 0; b < blocks.size(); ++b)
-        pieces[static_cast<std::size_t>(r * rows.tiles) + b] = blocks[b] * kBlock;
-    }
-    selection = {rows,         kBlock,       rows.tiles,   0,       counts.data(), pieces.data(), zeros.data(), nullptr,
-                 zeros.data(), zeros.data(), zeros.data(), nullptr, nullptr};
-    attention.read = &selection;
-  }
+struct CpuProblem : AttentionProblem {
+  CpuProblem(i64 tokens, i64 count)
+      : AttentionProblem({kHeads, kKvHeads}, tokens, count), out(q.size()), lse(q.size() / kHeadDim) {}
 
   /// Whether fp32 meets its bound against fp64.
   bool correct() {
@@ -96,14 +39,10 @@ struct Problem {
     return true;
   }
 
-  std::vector<float> q, out, lse;
-  std::vector<i32> table, length, position, counts, zeros, pieces;
-  std::vector<sdk::u16> k, v;
-  sdk::Selection selection{};
-  Attention attention{};
+  std::vector<float> out, lse;
 };
 
-void measure(benchmark::State& state, Problem& problem) {
+void measure(benchmark::State& state, CpuProblem& problem) {
   if (!problem.correct()) {
     state.SkipWithError("the result is outside the bound against the fp64 oracle");
     return;
@@ -120,16 +59,16 @@ void measure(benchmark::State& state, Problem& problem) {
 }
 
 void dense_prefill(benchmark::State& state) {
-  Problem problem(state.range(0), state.range(0));
+  CpuProblem problem(state.range(0), state.range(0));
   measure(state, problem);
 }
 void block_sparse_prefill(benchmark::State& state) {
-  Problem problem(state.range(0), state.range(0));
+  CpuProblem problem(state.range(0), state.range(0));
   problem.select_blocks(static_cast<double>(state.range(1)) / 100.);
   measure(state, problem);
 }
 void paged_decode(benchmark::State& state) {
-  Problem problem(state.range(0), 1);
+  CpuProblem problem(state.range(0), 1);
   measure(state, problem);
   state.counters["bytes/s"] =
       benchmark::Counter(4. * kKvHeads * kHeadDim * static_cast<double>(state.range(0)),
