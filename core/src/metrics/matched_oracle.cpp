@@ -5,6 +5,7 @@
 #include <map>
 
 #include "column_mass.hpp"
+#include "tile_columns.hpp"
 
 namespace lacuna {
 namespace {
@@ -42,7 +43,6 @@ class Frontier {
         static_cast<double>(pairs - cost_[next - 1]) / static_cast<double>(cost_[next] - cost_[next - 1]);
     return mass_[next - 1] + part * (mass_[next] - mass_[next - 1]);
   }
-  i64 total_cost() const { return cost_.back(); }
   double total_mass() const { return mass_.back(); }
 
  private:
@@ -65,7 +65,8 @@ class TileOracle {
     for (i64 h = 0; h < which_.heads; ++h) {
       std::vector<Column>& columns = columns_.emplace_back();
       columns.reserve(static_cast<std::size_t>(end_));
-      for (i64 j = 0; j < end_; ++j) columns.push_back({mass[static_cast<std::size_t>(h * end_ + j)], seen(j), j});
+      for (i64 j = 0; j < end_; ++j)
+        columns.push_back({mass[static_cast<std::size_t>(h * end_ + j)], all().cost(j), j});
       std::sort(columns.begin(), columns.end(), denser);
       free_.emplace_back(columns);
     }
@@ -80,25 +81,20 @@ class TileOracle {
     auto it = known.find({sinks, window});
     if (it == known.end()) it = known.emplace(std::pair(sinks, window), Frontier(outside(head, sinks, window))).first;
     const Frontier& rest = it->second;
-    const i64 exact_pairs = free.total_cost() - rest.total_cost();
+    const i64 exact_pairs = all().total_cost() - but(sinks, window).total_cost();
     if (pairs < exact_pairs) return without;
     return std::max(without, free.total_mass() - rest.total_mass() + rest.best(pairs - exact_pairs));
   }
 
  private:
-  i64 seen(i64 slot) const { return end_ - std::max(first_, slot); }
-
-  /// Keys that some queries hold in the window and later ones do not: [begin, end).
-  std::pair<i64, i64> cut_keys(i32 window) const {
-    return {std::max<i64>(0, first_ - window + 1), std::max<i64>(0, end_ - window)};
-  }
+  TileColumns all() const { return {first_, end_}; }
+  TileColumns but(i32 sinks, i32 window) const { return {first_, end_, sinks, window}; }
 
   /// [heads, cut keys]: their mass inside the window.
   const std::vector<double>& window_mass(i32 window) {
     auto it = window_mass_.find(window);
     if (it == window_mass_.end()) {
-      const auto [begin, end] = cut_keys(window);
-      KeyList keys = key_range(begin, end);
+      KeyList keys = key_range(but(0, window).cut(), but(0, window).past());
       for (std::size_t i = 0; i < keys.slot.size(); ++i) keys.until[i] = keys.slot[i] + window;
       std::vector<double> mass(static_cast<std::size_t>(which_.heads) * keys.slot.size());
       add_column_mass(tile_, a_.kv, which_, keys, mass.data());
@@ -110,7 +106,8 @@ class TileOracle {
   /// The columns less the cells of `sinks` and `window`, sorted. Only the cut keys have to be weighed and sorted anew:
   /// at most as many as the tile has queries.
   std::vector<Column> outside(i64 head, i32 sinks, i32 window) {
-    const auto [begin, end] = cut_keys(window);
+    const TileColumns rest = but(sinks, window);
+    const i64 begin = rest.cut(), end = rest.past();
     const std::vector<double>& inside = window_mass(window);
     std::vector<Column> whole, cut, merged;
     for (const Column& column : columns_[static_cast<std::size_t>(head)]) {
@@ -120,7 +117,7 @@ class TileOracle {
         continue;
       }
       const double mass = column.mass - inside[static_cast<std::size_t>(head * (end - begin) + column.slot - begin)];
-      cut.push_back({std::max(0.0, mass), end_ - column.slot - window, column.slot});
+      cut.push_back({std::max(0.0, mass), rest.cost(column.slot), column.slot});
     }
     std::sort(cut.begin(), cut.end(), denser);
     merged.reserve(whole.size() + cut.size());

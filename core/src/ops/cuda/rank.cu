@@ -3,23 +3,18 @@
 // holds.
 #include "rank.cuh"
 
-#include <thrust/iterator/counting_iterator.h>
-#include <thrust/iterator/transform_iterator.h>
-
 #include <algorithm>
-#include <cub/device/device_segmented_radix_sort.cuh>
-#include <limits>
 
 #include "lacuna/ops/cuda_ops.hpp"
 #include "order.cuh"
+#include "segmented_sort.cuh"
 
 namespace lacuna {
 namespace cuda {
 namespace {
 
 constexpr int kThreads = 256;
-constexpr u32 kLast = ~0u;           // of what has no rank
-constexpr i64 kSortBytes = 4 << 10;  // the sort's own, which has its buffers from us and asks for next to nothing
+constexpr u32 kLast = ~0u;  // of what has no rank
 
 // Ascending keys are descending values.
 __global__ void keys_kernel(const float* values, i64 elements, i64 stride, const i32* n, u32* key, i32* index) {
@@ -60,11 +55,10 @@ void CudaOps::rank_normalise(float* values, sdk::i32 rows, sdk::i64 stride, cons
   using namespace cuda;
   const char* op = "rank_normalise";
   if (rows <= 0 || stride <= 0) return;
-  constexpr i64 kMostElements = std::numeric_limits<i32>::max();  // of a sort
-  if (stride > kMostElements)
-    throw Error({"the rows are too long to be ranked", "at most " + std::to_string(kMostElements) + " values",
+  if (stride > kMostSorted)
+    throw Error({"the rows are too long to be ranked", "at most " + std::to_string(kMostSorted) + " values",
                  std::to_string(stride), op, ""});
-  i64 at_once = std::min<i64>(rows, kMostElements / stride);
+  i64 at_once = std::min<i64>(rows, kMostSorted / stride);
   while (at_once > 1 && rank_workspace_bytes(at_once, stride) > workspace_bytes_) at_once = ceil_div<i64>(at_once, 2);
   Carver workspace(workspace_, workspace_bytes_, op);
   u32* key[2];
@@ -80,20 +74,7 @@ void CudaOps::rank_normalise(float* values, sdk::i32 rows, sdk::i64 stride, cons
            stride, n + first, key[0], index[0]);
     cub::DoubleBuffer<u32> keys(key[0], key[1]);
     cub::DoubleBuffer<i32> indices(index[0], index[1]);
-    const thrust::counting_iterator<i32> row(0);
-    const auto sort = [&](void* temporary, std::size_t& bytes) {
-      check(cub::DeviceSegmentedRadixSort::SortPairs(
-                temporary, bytes, keys, indices, static_cast<int>(elements), static_cast<int>(count),
-                thrust::make_transform_iterator(row, Begin{step}),
-                thrust::make_transform_iterator(row, End{step, n + first}), 0, 32, stream),
-            op);
-    };
-    std::size_t wanted = 0;
-    sort(nullptr, wanted);
-    if (wanted > static_cast<std::size_t>(kSortBytes))
-      throw Error({"the sort wants more than its share of the workspace", std::to_string(wanted) + " bytes",
-                   std::to_string(kSortBytes) + " bytes", op, ""});
-    sort(own, wanted);
+    sort_segments(op, keys, indices, elements, count, Begin{step}, End{step, n + first}, own, stream);
     launch(op, stream, ranks_kernel, ceil_div<i64>(elements, kThreads), kThreads, 0, keys.Current(), indices.Current(),
            elements, stride, n + first, values + first * stride);
   }
