@@ -13,7 +13,7 @@ namespace lacuna::cli {
 namespace {
 
 struct Options {
-  std::string trace, phase, select, evict, allocate, cut, out;
+  std::string trace, phase, select, evict, allocate, cut, out, device = "cpu";
   int layer = 0, page_size = 16;
   std::optional<double> density, mass;
   std::optional<std::int64_t> tokens, units;
@@ -67,6 +67,7 @@ void run_dump(const Session& session, const Options& o) {
   options.scores = o.scores;
   options.check = o.check;
   options.page_size = o.page_size;
+  options.device = device_by_name(o.device);
   dump(trace, cell, options, o.out);
 }
 
@@ -92,6 +93,7 @@ void add_dump(CLI::App& app, Session& session) {
   command->add_option("--cut", o->cut, "evict: end, before_question or a number of tokens");
   command->add_option("--seed", o->seed, "of stochastic methods");
   command->add_option("--page-size", o->page_size, "tokens of a KV page")->check(CLI::Range(1, 4096));
+  command->add_option("--device", o->device, "cpu or cuda")->check(CLI::IsMember({"cpu", "cuda"}));
   command->add_option("--out", o->out, "the safetensors file to write")->required();
   command->add_flag("--cells", o->cells, "also the canonical token set of every row");
   command->add_flag("--scores", o->scores, "also the scores, as ranked");

@@ -138,7 +138,8 @@ int run(const Session& session, const Options& options) {
     return 0;
   }
 
-  study.device = cpu_device()->describe();
+  const std::shared_ptr<Device> device = device_by_name(study.scenario.device);
+  study.device = device->describe();
   study.build = {build_info::kVersion, build_info::kCommit, build_info::kCompiler, build_info::kFlags,
                  build_info::kCuda};
   listen_for_stop();
@@ -146,6 +147,7 @@ int run(const Session& session, const Options& options) {
     study.traces.push_back(facts_of(trace));
     Progress progress(study.traces.back().file, phases_in(trace, study.scenario), options.quiet);
     ReplayOptions replaying = study.scenario.options;
+    replaying.device = device;
     replaying.on_row = [&](const Row& row) { progress.add(row); };
     replaying.stop = [] { return stop_asked != 0; };
     ReplayResult result = replay(trace, study.scenario.cells, replaying);

@@ -62,4 +62,10 @@ std::shared_ptr<Device> cpu_device() {
   return device;
 }
 
+std::shared_ptr<Device> device_by_name(const std::string& name) {
+  if (name == "cpu") return cpu_device();
+  if (name == "cuda") return cuda_device();
+  throw Error({"unknown device", "cpu or cuda", "'" + name + "'", "", ""});
+}
+
 }  // namespace lacuna

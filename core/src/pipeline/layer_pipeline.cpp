@@ -85,10 +85,10 @@ Choice LayerPipeline::choose_for(const CallSpan& span, const ChooseOptions& opti
   return choose_everything(cache_, setup_, span, q_tile, options, visit);
 }
 
-AttentionWork LayerPipeline::attend_to(const CallSpan& span, const Selection* read, bool ignore_weights, float* out,
+AttentionWork LayerPipeline::attend_to(const CallSpan& span, const Selection* read, AttendOptions how, float* out,
                                        float* lse) {
-  const Attention a{setup_.layer, cache_.view(), setup_.queries.span(setup_.layer, span.begin, span.end), read,
-                    ignore_weights};
+  const Attention a{setup_.layer, cache_.view(),      setup_.queries.span(setup_.layer, span.begin, span.end),
+                    read,         how.ignore_weights, how.precise};
   Scratch& scratch = *setup_.scratch;
   if (!scratch.on_device()) return attend(a, out, lse);
   const Scratch::Frame frame(scratch);
@@ -137,13 +137,13 @@ Step LayerPipeline::choose_and_attend(const CallSpan& span, bool everything) {
   weighted.make(step.out, step.lse);
   const auto visit = [&](const Selection& chosen) {
     const Selection* read = layer.sliding_window == 0 ? &chosen : nullptr;
-    const AttentionWork work = attend_to(span, read, false, weighted.out, weighted.lse);
+    const AttentionWork work = attend_to(span, read, {false, true}, weighted.out, weighted.lse);
     step.work.dense_rows += work.dense_rows;
     step.work.sparse_rows += work.sparse_rows;
     step.work.pairs += work.pairs;
     if (read && (read->token_log_weight || read->piece_log_weight)) {
       plain.make(step.unweighted_out, step.unweighted_lse);
-      attend_to(span, read, true, plain.out, plain.lse);
+      attend_to(span, read, {true, true}, plain.out, plain.lse);
     }
     const Attended seen{read, q, weighted.out, weighted.lse};
     for (auto* r : {select_.get(), evict_.get()})

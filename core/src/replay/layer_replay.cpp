@@ -52,7 +52,8 @@ LayerReplay::LayerReplay(const Trace& trace, int layer, i32 page_size, bool pois
     setup_lse_ = dense_lse_.data();
   } else {
     const Scratch::Frame frame(*scratch_);
-    const Attention dense = dense_attention(0, tokens_);
+    Attention dense = dense_attention(0, tokens_);
+    dense.precise = true;
     const std::size_t bytes = plan_cuda_attention(dense).workspace_bytes;
     device_lse_ = Buffer<float>(scratch_->shared_device(), static_cast<i64>(dense_lse_.size()));
     float* out = scratch_->take<float>(static_cast<i64>(dense_out_.size()));

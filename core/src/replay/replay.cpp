@@ -7,6 +7,7 @@
 #include <numeric>
 
 #include "lacuna/base/error.hpp"
+#include "lacuna/metrics/cuda_oracle.hpp"
 #include "lacuna/metrics/matched_oracle.hpp"
 #include "lacuna/pipeline/budget.hpp"
 #include "lacuna/replay/layer_replay.hpp"
@@ -223,7 +224,6 @@ class LayerRun {
   /// The matched oracle answers all methods of a tile size in one pass over the layer.
   void regrets(const Reference& ref, std::vector<Pending>& pending) {
     if (pending.empty()) return;
-    const Attention dense = layer_.host_attention(ref.begin, ref.end);
     const i32 heads = layer_.layer().num_qo_heads;
     std::map<i32, std::vector<Pending*>> by_tile;
     std::vector<Pending*> evicted;
@@ -232,7 +232,7 @@ class LayerRun {
     for (auto& [q_tile, group] : by_tile) {
       std::vector<OracleRequest> requests;
       for (Pending* p : group) requests.push_back(std::move(p->request));
-      const auto oracle = matched_oracle(dense, q_tile, ref.lse.data(), requests);
+      const auto oracle = oracle_of(ref, q_tile, requests);
       for (std::size_t i = 0; i < group.size(); ++i) {
         regret_of_rows(oracle[i], group[i]->mass.data(), heads, ref.queries(), q_tile, regret.data());
         add_regret(*group[i], ref, regret.data());
@@ -241,11 +241,30 @@ class LayerRun {
     if (evicted.empty()) return;
     std::vector<std::vector<i64>> kept;
     for (Pending* p : evicted) kept.push_back(p->kept);
-    const auto oracle = matched_evict_oracle(dense, ref.begin, ref.lse.data(), kept);
+    const auto oracle = evict_oracle_of(ref, kept);
     for (std::size_t i = 0; i < evicted.size(); ++i) {
       for (std::size_t j = 0; j < regret.size(); ++j) regret[j] = oracle[i][j] - evicted[i]->mass[j];
       add_regret(*evicted[i], ref, regret.data());
     }
+  }
+
+  std::vector<std::vector<double>> oracle_of(const Reference& ref, i32 q_tile,
+                                             const std::vector<OracleRequest>& requests) {
+    if (!layer_.on_device())
+      return matched_oracle(layer_.dense_attention(ref.begin, ref.end), q_tile, ref.lse.data(), requests);
+    const Scratch::Frame frame(layer_.scratch());
+    return matched_oracle_cuda(layer_.dense_attention(ref.begin, ref.end), q_tile, upload(ref.lse), requests,
+                               layer_.scratch().device());
+  }
+  std::vector<std::vector<double>> evict_oracle_of(const Reference& ref, const std::vector<std::vector<i64>>& kept) {
+    if (!layer_.on_device())
+      return matched_evict_oracle(layer_.dense_attention(ref.begin, ref.end), ref.begin, ref.lse.data(), kept);
+    const Scratch::Frame frame(layer_.scratch());
+    return matched_evict_oracle_cuda(layer_.dense_attention(ref.begin, ref.end), ref.begin, upload(ref.lse), kept,
+                                     layer_.scratch().device());
+  }
+  const float* upload(const std::vector<float>& host) {
+    return layer_.scratch().take_copy(host.data(), static_cast<i64>(host.size()));
   }
 
   void add_regret(const Pending& p, const Reference& ref, const double* regret) {

@@ -139,9 +139,8 @@ class Loader {
     const bool given = overrides_.device.has_value();
     const std::string where = given ? kCommandLine : document_.where("run.device");
     out_.device = given ? *overrides_.device : string_at(table.value("device", Json("cpu")), "run.device");
-    if (out_.device == "cuda")
-      throw Error({"replay on a GPU is not there yet", "device = \"cpu\"", "cuda", where, "Use --device cpu."});
-    if (out_.device != "cpu") throw Error({"unknown device", "cpu", "'" + out_.device + "'", where, ""});
+    if (out_.device != "cpu" && out_.device != "cuda")
+      throw Error({"unknown device", "cpu or cuda", "'" + out_.device + "'", where, ""});
   }
 
   void read_cuts(const Json& table) {

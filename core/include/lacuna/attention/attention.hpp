@@ -15,6 +15,7 @@ struct Attention {
   sdk::Queries q;
   const sdk::Selection* read = nullptr;  // null: every visible slot
   bool ignore_weights = false;           // reads the selection's set without its log weights
+  bool precise = false;                  // tensor cores: probabilities keep twice the bits, for measuring fidelity
 };
 
 /// Counts what the kernels did, for tests and cost accounting.

@@ -35,7 +35,8 @@ CudaAttentionPlan plan_cuda_attention(const Attention& a);
 /// Tensor cores: queries of the cache's dtype are taken as they are; others are split into a sum of two numbers of it
 /// (bf16: 16 bits of mantissa; fp16: 22, magnitudes above 65504 overflow). Logits and sums are fp32, probabilities are
 /// rounded to the cache's dtype before they meet V: |out - exact| <= 4e-3 * sum p ||v||, |lse - exact| <= 2e-3 while
-/// sum |q_c k_c| stays below about 1e3 / softmax_scale. The same call gives the same bits.
+/// sum |q_c k_c| stays below about 1e3 / softmax_scale. With a.precise they are split as such queries are, and meet V
+/// twice: |out - exact| <= 4e-5 * sum p ||v|| on a bf16 cache. The same call gives the same bits.
 ///
 /// Lengths are not checked: a query before its row's slot 0 reads nothing. Throws Error for shapes that do not fit
 /// together, too small a workspace, or a failed launch.

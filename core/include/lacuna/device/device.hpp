@@ -29,6 +29,9 @@ std::shared_ptr<Device> cpu_device();
 /// Throws Error when the build has no CUDA or the machine no GPU.
 std::shared_ptr<Device> cuda_device(int index = 0);
 
+/// "cpu" or "cuda" (the first GPU). Throws as cuda_device.
+std::shared_ptr<Device> device_by_name(const std::string& name);
+
 /// Owned, fixed-size array of trivially copyable T.
 template <class T>
 class Buffer {

@@ -27,6 +27,11 @@ struct Step {
   AttentionWork work;
 };
 
+/// As Attention's.
+struct AttendOptions {
+  bool ignore_weights = false, precise = false;
+};
+
 class LayerPipeline {
  public:
   /// `cache` holds the tokens so far (a fork of the dense parent); `setup` must outlive the pipeline.
@@ -54,8 +59,7 @@ class LayerPipeline {
   /// check in `options` nothing is read back; once a call of the shape has been made, nothing is allocated either.
   Choice choose_for(const CallSpan& span, const ChooseOptions& options, const RangeVisitor& visit);
   /// Attention over a selection (null: everything): out, lse as Step's, memory of the cache's device. Enqueues only.
-  AttentionWork attend_to(const CallSpan& span, const sdk::Selection* read, bool ignore_weights, float* out,
-                          float* lse);
+  AttentionWork attend_to(const CallSpan& span, const sdk::Selection* read, AttendOptions how, float* out, float* lse);
   /// Brings side data up to date, as prefill() and step() do first.
   void index(const CallSpan& span) { refresh_sides(span); }
 

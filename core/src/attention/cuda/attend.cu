@@ -162,6 +162,7 @@ void enqueue(const Attention& a, float* out, float* lse, void* workspace, std::s
   job.splits = plan.splits;
   job.split_queries = a.q.dtype != a.kv.dtype;
   job.vector_queries = !job.split_queries && aligned_queries(a.q);
+  job.precise = a.precise;
   job.results = plan.splits > 1 ? parts : Results{out, lse, 0, a.q.count};
 
   if (!a.read) {

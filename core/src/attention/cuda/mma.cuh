@@ -59,6 +59,16 @@ __device__ inline unsigned pack(float low, float high) {
   return out;
 }
 
+/// What rounding to a 16-bit number leaves.
+template <sdk::Dtype kType>
+__device__ inline float residue(float x) {
+  const unsigned rounded = pack<kType>(x, 0.f) & 0xffffu;
+  if constexpr (kType == sdk::Dtype::bf16) return x - __uint_as_float(rounded << 16);
+  float back;
+  asm("{.reg .b16 h; cvt.u16.u32 h, %1; cvt.f32.f16 %0, h;}" : "=f"(back) : "r"(rounded));
+  return x - back;
+}
+
 __device__ inline float exp2_fast(float x) {
   float out;
   asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(out) : "f"(x));

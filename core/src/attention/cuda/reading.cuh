@@ -49,6 +49,7 @@ struct Job {
   i32 heads, tile_rows, tiles_per_row, splits;
   bool split_queries;   // of another dtype than the cache
   bool vector_queries;  // 16-byte loads are possible
+  bool precise;         // probabilities as a sum of two numbers of the cache's dtype
   ListTable lists;
   const i32* exact_window;  // [all rows] or null
   Results results;

@@ -274,6 +274,13 @@ __global__ __launch_bounds__(32 * kWarps) void tensor_kernel(const __grid_consta
 #pragma unroll
       for (int e = 0; e < 4; ++e) out[c][e] *= keep[e / 2];
     add_values<kType, Shape>(out, s, v);
+    if (job.precise) {
+#pragma unroll
+      for (int t = 0; t < Shape::kKeys / 8; ++t)
+#pragma unroll
+        for (int e = 0; e < 4; ++e) s[t][e] = residue<kType>(s[t][e]);
+      add_values<kType, Shape>(out, s, v);
+    }
     lookup.store(blocks[(n + 2) % 3]);
   }
 
