@@ -54,9 +54,10 @@ function(_lacuna_test_executable module kind)
 endfunction()
 
 # lacuna_test(<module> SOURCES a.cpp… [GPU_SOURCES b.cu…] [SLOW]): test_<module>, and with CUDA test_<module>_gpu (label gpu,
-# skipped where there is no GPU). SLOW: the cases of doctest suites named "slow" become a test of their own, label slow.
+# skipped where there is no GPU). SLOW, GPU_SLOW: the cases of doctest suites named "slow" become a test of their own, label
+# slow.
 function(lacuna_test module)
-  cmake_parse_arguments(PARSE_ARGV 1 arg "SLOW" "" "SOURCES;GPU_SOURCES")
+  cmake_parse_arguments(PARSE_ARGV 1 arg "SLOW;GPU_SLOW" "" "SOURCES;GPU_SOURCES")
   if(arg_UNPARSED_ARGUMENTS)
     message(FATAL_ERROR "lacuna_test(${ARGV}): unexpected ${arg_UNPARSED_ARGUMENTS}")
   endif()
@@ -80,7 +81,13 @@ function(lacuna_test module)
     _lacuna_test_executable(${module} _gpu ${arg_GPU_SOURCES})
     target_compile_definitions(test_${module}_gpu PRIVATE LACUNA_GPU_TESTS)
     target_link_libraries(test_${module}_gpu PRIVATE CUDA::cudart_static)
-    add_test(NAME ${module}_gpu COMMAND test_${module}_gpu)
+    if(arg_GPU_SLOW)
+      add_test(NAME ${module}_gpu COMMAND test_${module}_gpu --test-suite-exclude=slow)
+      add_test(NAME ${module}_gpu_slow COMMAND test_${module}_gpu --test-suite=slow)
+      set_tests_properties(${module}_gpu_slow PROPERTIES LABELS "gpu;slow" SKIP_RETURN_CODE 77)
+    else()
+      add_test(NAME ${module}_gpu COMMAND test_${module}_gpu)
+    endif()
     set_tests_properties(${module}_gpu PROPERTIES LABELS gpu SKIP_RETURN_CODE 77)
     add_dependencies(gpu_tests test_${module}_gpu)
   endif()

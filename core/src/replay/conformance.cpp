@@ -19,9 +19,10 @@ constexpr Rule kRules[] = {
 };
 }  // namespace
 
-std::vector<Finding> check_strategy(const Registry& registry, const StrategyType& type) {
+std::vector<Finding> check_strategy(const Registry& registry, const StrategyType& type,
+                                    std::shared_ptr<Device> device) {
   std::vector<Finding> out;
-  Bench bench(registry, type);
+  Bench bench(registry, type, std::move(device));
   for (const Rule& rule : kRules) {
     Finding f{type.name(), rule.name, false, ""};
     try {

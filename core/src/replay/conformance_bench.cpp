@@ -43,7 +43,8 @@ std::vector<Use> uses_of(const StrategyType& type) {
 }
 }  // namespace
 
-Bench::Bench(const Registry& registry, const StrategyType& type) : registry_(registry), type_(type) {
+Bench::Bench(const Registry& registry, const StrategyType& type, std::shared_ptr<Device> device)
+    : registry_(registry), type_(type), device_(std::move(device)) {
   for (const Use& use : uses_of(type)) {
     const bool wants_company = use.role == RoleKind::allocate || entry().wrapper;
     const RoleKind company = use.role != RoleKind::allocate    ? use.role
@@ -132,7 +133,7 @@ const Trace& Bench::trace(const Shape& shape) {
 LayerReplay& Bench::layer(const Shape& shape, bool poison) {
   constexpr sdk::i32 kPage = 16;
   auto& layer = layers_[{shape, poison}];
-  if (!layer) layer = std::make_unique<LayerReplay>(trace(shape), kLayer, kPage, poison);
+  if (!layer) layer = std::make_unique<LayerReplay>(trace(shape), kLayer, kPage, poison, device_);
   return *layer;
 }
 

@@ -42,7 +42,7 @@ struct Outcome {
 
 class Bench {
  public:
-  Bench(const Registry& registry, const StrategyType& type);
+  Bench(const Registry& registry, const StrategyType& type, std::shared_ptr<Device> device = cpu_device());
 
   const StrategyType& type() const { return type_; }
   const sdk::Entry& entry() const { return type_.entry(); }
@@ -71,6 +71,7 @@ class Bench {
 
   const Registry& registry_;
   const StrategyType& type_;
+  std::shared_ptr<Device> device_;
   std::vector<Use> uses_;
   std::map<Shape, Trace> traces_;
   std::map<std::pair<Shape, bool>, std::unique_ptr<LayerReplay>> layers_;

@@ -66,7 +66,7 @@ Verdict forced_in(Bench& bench, const Use& use, const Json& budget) {
 std::string off_dense(LayerReplay& layer, PhaseQueries q, const PhaseRun& run) {
   const i64 d = layer.layer().head_dim;
   std::vector<double> out(run.out.size()), lse(run.lse.size()), scale(run.lse.size());
-  attend_fp64(layer.dense_attention(q.begin, q.end), out.data(), lse.data(), scale.data());
+  attend_fp64(layer.host_attention(q.begin, q.end), out.data(), lse.data(), scale.data());
   for (std::size_t r = 0; r < lse.size(); ++r) {
     double square = 0;
     for (i64 c = 0; c < d; ++c) {

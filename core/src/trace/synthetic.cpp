@@ -41,6 +41,7 @@ std::vector<float> direction(const Random& random, int head, int d) {
 std::vector<float> gaussian(const Random& random, i64 rows, i64 columns, double scale) {
   std::vector<float> out(static_cast<std::size_t>(rows * columns));
   for (i64 r = 0; r < rows; ++r) {
+#pragma omp parallel for schedule(static)
     for (i64 c = 0; c < columns; ++c) {
       out[r * columns + c] = static_cast<float>(scale * random.normal(static_cast<u64>(r), static_cast<u64>(c)));
     }
@@ -141,7 +142,7 @@ Trace synthetic_trace(const SyntheticSpec& spec) {
     ids.push_back(static_cast<float>(stream(spec.seed, 0, Draw::token).bits(0, static_cast<u64>(t)) % kVocabulary));
   }
   tensors["tokens"] = {{tokens}, std::move(ids)};
-  return Trace::from_memory(std::move(info), std::move(tensors));
+  return Trace::from_memory(std::move(info), std::move(tensors), spec.dtype);
 }
 
 }  // namespace lacuna

@@ -106,6 +106,7 @@ struct Trace::Impl {
   std::string where;
   std::unique_ptr<SafetensorsFile> file;  // or else `values` and `token_ids` own the data
   std::map<std::string, std::vector<float>> values;
+  std::map<std::string, std::vector<sdk::u16>> narrow_values;  // bf16
   std::vector<i32> token_ids;
   std::map<std::string, Tensor> tensors;  // those of the format
   std::atomic<int> last_layer{-1};
@@ -207,17 +208,19 @@ Trace Trace::open(const std::string& path) {
   return Trace(std::move(impl));
 }
 
-Trace Trace::from_memory(TraceInfo info,
-                         std::map<std::string, std::pair<std::vector<i64>, std::vector<float>>> tensors) {
+Trace Trace::from_memory(TraceInfo info, std::map<std::string, std::pair<std::vector<i64>, std::vector<float>>> tensors,
+                         Dtype dtype) {
   auto impl = std::make_shared<Impl>();
   impl->where = kMemory;
+  if (dtype != Dtype::f32 && dtype != Dtype::bf16)
+    throw Error({"a trace in memory of another type", "f32 or bf16", "", kMemory, ""});
   impl->info = std::move(info);
   validate(impl->info, kMemory);
   impl->token_ids.assign(static_cast<std::size_t>(impl->info.tokens()), 0);
   std::vector<i64> token_shape = {impl->info.tokens()};
   for (auto& [name, tensor] : tensors) {
     auto& [shape, values] = tensor;
-    Tensor t{nullptr, Dtype::f32, shape};
+    Tensor t{nullptr, dtype, shape};
     if (std::any_of(shape.begin(), shape.end(), [](i64 n) { return n < 1; }) ||
         t.elements() != static_cast<i64>(values.size())) {
       throw Error({"wrong number of values", "as many as the shape " + describe(shape) + " has",
@@ -228,7 +231,15 @@ Trace Trace::from_memory(TraceInfo info,
       impl->token_ids.assign(values.begin(), values.end());
       continue;
     }
-    t.data = impl->values.emplace(name, std::move(values)).first->second.data();
+    if (dtype == Dtype::f32) {
+      t.data = impl->values.emplace(name, std::move(values)).first->second.data();
+    } else {
+      std::vector<sdk::u16>& narrow = impl->narrow_values[name];
+      narrow.resize(values.size());
+      std::transform(values.begin(), values.end(), narrow.begin(), sdk::to_bf16);
+      t.data = narrow.data();
+      std::vector<float>().swap(values);
+    }
     impl->tensors.emplace(name, std::move(t));
   }
   impl->tensors.emplace("tokens", Tensor{impl->token_ids.data(), Dtype::i32, token_shape});

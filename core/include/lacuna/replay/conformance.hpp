@@ -5,6 +5,7 @@
 #include <string>
 #include <vector>
 
+#include "lacuna/device/device.hpp"
 #include "lacuna/strategy/registry.hpp"
 
 namespace lacuna {
@@ -17,8 +18,9 @@ struct Finding {
 };
 
 /// Runs every rule on one strategy over generated traces: GQA 1, 3, 7, 8; d 64, 128, 256; one token, odd lengths; every
-/// phase it declares, several budgets. `registry` supplies bases for wrappers and scorers for allocators. Never throws
-/// for the strategy's faults.
-std::vector<Finding> check_strategy(const Registry& registry, const StrategyType& type);
+/// phase it declares, several budgets; on `device`. `registry` supplies bases for wrappers and scorers for allocators.
+/// Never throws for the strategy's faults.
+std::vector<Finding> check_strategy(const Registry& registry, const StrategyType& type,
+                                    std::shared_ptr<Device> device = cpu_device());
 
 }  // namespace lacuna

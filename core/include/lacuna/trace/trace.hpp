@@ -59,10 +59,11 @@ class Trace {
   /// read before layer(). K and V of a layer must have one dtype. Tensors that the format does not name are ignored.
   /// Throws Error.
   static Trace open(const std::string& path);
-  /// A trace in memory (tests, `lacuna check`): tensors by their names in the file, fp32, validated like a file.
-  /// `tokens` may be left out (then every id is 0).
+  /// A trace in memory (tests, `lacuna check`): tensors by their names in the file, validated like a file and kept as
+  /// `dtype` (f32 or bf16, rounded to nearest even). `tokens` may be left out (then every id is 0).
   static Trace from_memory(TraceInfo info,
-                           std::map<std::string, std::pair<std::vector<sdk::i64>, std::vector<float>>> tensors);
+                           std::map<std::string, std::pair<std::vector<sdk::i64>, std::vector<float>>> tensors,
+                           sdk::Dtype dtype = sdk::Dtype::f32);
 
   const TraceInfo& info() const;
   /// The layer's tensors, valid as long as the trace. Checks that their values are finite on the way (throws Error
@@ -79,7 +80,7 @@ class Trace {
   std::shared_ptr<Impl> impl_;
 };
 
-/// What a synthetic trace looks like: keys with a few attention sinks and heavy tokens, seeded, fp32.
+/// What a synthetic trace looks like: keys with a few attention sinks and heavy tokens, seeded.
 struct SyntheticSpec {
   int num_qo_heads = 4, num_kv_heads = 2, head_dim = 64;
   sdk::i64 prefill_tokens = 256, decode_tokens = 8;
@@ -87,6 +88,7 @@ struct SyntheticSpec {
   int num_layers = 4;
   bool with_wo = false;
   std::uint64_t seed = 0;
+  sdk::Dtype dtype = sdk::Dtype::f32;  // or bf16
 };
 Trace synthetic_trace(const SyntheticSpec& spec);
 
