@@ -12,7 +12,7 @@ namespace {
 void print_params(const StrategyType& type, bool shared) {
   for (const ParamSpec& p : type.params()) {
     if (p.shared != shared) continue;
-    const std::string range = p.range.empty() ? "" : ", " + p.range;
+    const std::string range = p.range.empty() ? "" : ", " + range_text(p);
     fmt::print("  {} = {}  ({}{}{})\n      {}\n", p.name, p.default_json, p.type, range,
                p.budget_knob ? ", budget knob" : "", p.doc);
   }
@@ -33,6 +33,8 @@ void describe(const StrategyType& type) {
   fmt::print("dense at {}\n", *e.dense_point ? e.dense_point : "no point");
   fmt::print("library  {} (id {})\n\nrule\n  {}\n\nparameters\n", type.library(), type.id(), e.rule);
   print_params(type, false);
+  if (e.num_constraints > 0) fmt::print("\nconstraints\n");
+  for (int i = 0; i < e.num_constraints; ++i) fmt::print("  {}\n", e.constraints[i].text);
   fmt::print("\nshared parameters\n");
   print_params(type, true);
   if (!type.presets().empty()) fmt::print("\npresets\n  {}\n", e.presets);

@@ -14,7 +14,13 @@ std::string kind_of(const StrategyType& type) {
   std::vector<std::string> uses;
   for (const RoleKind role : {RoleKind::select, RoleKind::evict, RoleKind::allocate})
     if (type.can(role)) uses.emplace_back(verb(role));
-  return fmt::format("{}{}", fmt::join(uses, ", "), type.entry().wrapper ? " wrapper" : "");
+  std::string wrapper;
+  if (type.entry().wrapper) {
+    const std::string base = type.default_base();
+    wrapper =
+        base.empty() ? " wrapper" : fmt::format(" wrapper (base {})", Json::parse(base)["name"].get<std::string>());
+  }
+  return fmt::format("{}{}", fmt::join(uses, ", "), wrapper);
 }
 
 std::vector<std::string> phases_of(const StrategyType& type) {
@@ -54,6 +60,7 @@ void print_json(const std::vector<const StrategyType*>& types) {
                    {"takes_budget", e.takes_budget != 0},
                    {"stochastic", e.stochastic != 0},
                    {"clairvoyant", e.clairvoyant != 0},
+                   {"default_base", t->default_base().empty() ? Json() : Json::parse(t->default_base())},
                    {"library", t->library()},
                    {"id", t->id()}});
   }

@@ -21,11 +21,12 @@ struct SnapKv : Strategy {
 
   static void schema(Schema<Params>& s) {
     s.field("window", &Params::window, "last queries that vote", "1..")
-        .field("kernel", &Params::kernel, "width of the pooling, odd", "1..")
+        .field("kernel", &Params::kernel, "width of the pooling", "1..")
         .field("pool", &Params::pool, "pooling over positions; avg counts zero padding", "max|avg")
         .field("recent", &Params::recent, "last tokens kept, inside the budget; -1: the window", "-1..")
         .field("reduce", &Params::reduce, "over the window's queries", "sum|max")
-        .field("pool_columns", &Params::pool_columns, "columns that are pooled and ranked", "prefix|all");
+        .field("pool_columns", &Params::pool_columns, "columns that are pooled and ranked", "prefix|all")
+        .require("kernel", "kernel is odd", [](const Params& p) { return p.kernel % 2 == 1; });
   }
   static Info info() {
     Info i{};
@@ -46,7 +47,6 @@ struct SnapKv : Strategy {
   }
 
   void plan(Context& c, Plan& p) override {
-    if (params.kernel % 2 == 0) throw Failure("kernel: expected an odd width, found " + std::to_string(params.kernel));
     p.score_kind = ScoreKind::logit;
     p.per_query_head = common.gqa == Gqa::union_;
     p.recent = params.recent < 0 ? params.window : params.recent;

@@ -12,12 +12,12 @@ using namespace lacuna::sdk;
 
 struct Twilight : Strategy {
   struct Params {
-    Base base;
+    Base base{R"({"name": "quest", "density": 0.25})"};
     double top_p = 0.85;
   } params;
 
   static void schema(Schema<Params>& s) {
-    s.field("base", &Params::base, "the strategy whose choice is narrowed, at its own loose budget (density 0.25, say)")
+    s.field("base", &Params::base, "the strategy whose choice is narrowed, at its own loose budget")
         .knob("top_p", &Params::top_p, "share of the base's estimated mass that is kept", "0..1");
   }
   static Info info() {

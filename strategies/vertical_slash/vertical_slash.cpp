@@ -98,10 +98,12 @@ struct VerticalSlash : Strategy {
         .field("columns", &Params::columns, "columns, instead of a budget; 0: from the budget, without one 1000", "0..")
         .field("diagonals", &Params::diagonals, "diagonals, instead of a budget; 0: from the budget, without one 6096",
                "0..")
-        .field("block", &Params::block, "tokens of a piece; divides q_tile", "1..")
+        .field("block", &Params::block, "tokens of a piece", "1..")
         .field("q_tile", &Params::q_tile, "queries of a tile", "1..")
         .field("lowering", &Params::lowering, "pieces at any token, or the aligned blocks crossed",
-               "minference|aligned");
+               "minference|aligned")
+        .require("block, q_tile", "q_tile is a multiple of block",
+                 [](const Params& p) { return p.q_tile % p.block == 0; });
   }
   static Info info() {
     Info i{};
@@ -117,9 +119,6 @@ struct VerticalSlash : Strategy {
   }
 
   void plan(Context& c, Plan& p) override {
-    if (params.q_tile % params.block != 0)
-      throw Failure("block: expected a divisor of q_tile = " + std::to_string(params.q_tile) + ", found " +
-                    std::to_string(params.block));
     p.q_tile = params.q_tile;
     p.unit_tokens = params.block;
     p.per_query_head = common.gqa == Gqa::none || common.gqa == Gqa::union_;

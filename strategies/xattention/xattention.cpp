@@ -17,9 +17,11 @@ struct XAttention : Strategy {
   } params;
 
   static void schema(Schema<Params>& s) {
-    s.field("block", &Params::block, "queries of a tile and tokens of a key block, a multiple of stride", "1..4096")
+    s.field("block", &Params::block, "queries of a tile and tokens of a key block", "1..4096")
         .field("stride", &Params::stride, "tokens of a group; the estimate costs 1 / stride of the logits", "1..4096")
-        .knob("threshold", &Params::threshold, "share of the estimated mass that the blocks must hold", "0..1");
+        .knob("threshold", &Params::threshold, "share of the estimated mass that the blocks must hold", "0..1")
+        .require("block, stride", "block is a multiple of stride",
+                 [](const Params& p) { return p.block % p.stride == 0; });
   }
   static Info info() {
     Info i{};
@@ -35,9 +37,6 @@ struct XAttention : Strategy {
   }
 
   void plan(Context&, Plan& p) override {
-    if (params.block % params.stride != 0)
-      throw Failure("block = " + std::to_string(params.block) +
-                    " is not a multiple of stride = " + std::to_string(params.stride));
     p.q_tile = p.unit_tokens = params.block;
     p.first_units = p.last_units = 1;
     p.threshold = params.threshold;

@@ -2,7 +2,9 @@
 #include "strategy/descriptor.hpp"
 
 #include <doctest/doctest.h>
+#include <fmt/format.h>
 
+#include <cstddef>
 #include <functional>
 #include <string>
 #include <vector>
@@ -16,7 +18,9 @@ struct Sound : Strategy {
   struct Params {
     i32 n = 3;
   } params;
-  static void schema(Schema<Params>& s) { s.field("n", &Params::n, "a number", "1..8"); }
+  static void schema(Schema<Params>& s) {
+    s.field("n", &Params::n, "a number", "1..8").require("n", "n is odd", [](const Params& p) { return p.n % 2 == 1; });
+  }
   static Info info() {
     Info i{};
     i.name = "sound";
@@ -31,10 +35,14 @@ struct Sound : Strategy {
 struct Tables {
   Param p = detail::EntryFor<Sound>::get()->params[0];
   Entry e = *detail::EntryFor<Sound>::get();
+  Constraint c = e.constraints[0];
   const Entry* entries[1] = {&e};
   Descriptor d = {kMagic,      kAbiMajor, kAbiMinor, sizeof(Descriptor), sizeof(Entry), kCxxRuntime,
                   kSdkVersion, entries,   1};
-  Tables() { e.params = &p; }
+  Tables() {
+    e.params = &p;
+    e.constraints = &c;
+  }
   Tables(const Tables&) = delete;
   void check() const {
     lacuna::check_descriptor(d, "x.so");
@@ -45,6 +53,22 @@ struct Tables {
 
 TEST_CASE("the sound descriptor passes") { CHECK_NOTHROW(Tables().check()); }
 
+TEST_CASE("a plug-in of the first ABI minor still loads, without what it did not have") {
+  Tables t;
+  const auto first = static_cast<i32>(offsetof(Entry, constraints));
+  t.d.abi_minor = 0;
+  t.d.entry_bytes = t.e.bytes = first;
+  CHECK_NOTHROW(lacuna::check_descriptor(t.d, "x.so"));
+  const Entry whole = lacuna::whole_entry(t.e, 0);
+  CHECK(whole.constraints == nullptr);
+  CHECK(whole.num_constraints == 0);
+  CHECK((whole.check == nullptr));
+  CHECK((whole.score == t.e.score));
+  CHECK_NOTHROW(lacuna::check_entry(whole, "x.so"));
+  t.d.abi_minor = kAbiMinor;
+  expect_error([&] { lacuna::check_descriptor(t.d, "x.so"); }, {"other sizes"});
+}
+
 TEST_CASE("each fault of a descriptor is named") {
   const struct {
     std::string name;
@@ -52,8 +76,10 @@ TEST_CASE("each fault of a descriptor is named") {
     std::vector<std::string> parts;
   } faults[] = {
       {"magic", [](Tables& t) { t.d.magic = 7; }, {"not a Lacuna plug-in", "magic"}},
-      {"older major", [](Tables& t) { t.d.abi_major = 0; }, {"another ABI", "ABI 0.0"}},
-      {"newer minor", [](Tables& t) { t.d.abi_minor = kAbiMinor + 1; }, {"another ABI", "ABI 1.1"}},
+      {"older major", [](Tables& t) { t.d.abi_major = 0; }, {"another ABI", fmt::format("ABI 0.{}", kAbiMinor)}},
+      {"newer minor",
+       [](Tables& t) { t.d.abi_minor = kAbiMinor + 1; },
+       {"another ABI", fmt::format("ABI {}.{}", kAbiMajor, kAbiMinor + 1)}},
       {"descriptor size", [](Tables& t) { t.d.bytes += 8; }, {"other sizes", "Descriptor"}},
       {"entry size", [](Tables& t) { t.d.entry_bytes -= 8; }, {"other sizes", "Entry"}},
       {"runtime", [](Tables& t) { t.d.cxx_runtime = "libother"; }, {"C++ runtime", kCxxRuntime, "libother"}},
@@ -82,6 +108,26 @@ TEST_CASE("each fault of a descriptor is named") {
        {"default of 'n'", "whole number", "true"}},
       {"default not JSON", [](Tables& t) { t.p.default_value = "3,"; }, {"default of 'n'", "not valid JSON"}},
       {"bad range", [](Tables& t) { t.p.range = "8..1"; }, {"parameter 'n'", "8..1"}},
+      {"range that excludes its only number", [](Tables& t) { t.p.range = "3<..3"; }, {"parameter 'n'", "3<..3"}},
+      {"open end without a number", [](Tables& t) { t.p.range = "<..3"; }, {"parameter 'n'", "<..3"}},
+      {"null constraint text", [](Tables& t) { t.c.text = nullptr; }, {"constraint 1", "null"}},
+      {"null check", [](Tables& t) { t.e.check = nullptr; }, {"constraints are null"}},
+      {"constraint on a stranger", [](Tables& t) { t.c.names = "n, m"; }, {"'n is odd' is about 'm'"}},
+      {"defaults that break a constraint",
+       [](Tables& t) { t.p.default_value = "4"; },
+       {"defaults", "n is odd", "n = 4"}},
+      {"preset that breaks a constraint",
+       [](Tables& t) { t.e.presets = R"({"a": {"n": 2}})"; },
+       {"preset 'a'", "n is odd", "n = 2"}},
+      {"default of a base that is none",
+       [](Tables& t) {
+         t.p.name = "base";
+         t.p.type = "strategy";
+         t.p.range = "";
+         t.e.wrapper = 1;
+         t.e.num_constraints = 0;
+       },
+       {"default of 'base'", "a role table"}},
       {"unknown type", [](Tables& t) { t.p.type = "colour"; }, {"parameter 'n'", "colour"}},
       {"strategy outside a wrapper",
        [](Tables& t) {

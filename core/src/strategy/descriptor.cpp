@@ -3,6 +3,8 @@
 #include <fmt/format.h>
 
 #include <algorithm>
+#include <cstddef>
+#include <cstring>
 #include <nlohmann/json.hpp>
 #include <set>
 #include <string_view>
@@ -16,6 +18,11 @@ namespace lacuna {
 namespace {
 
 const char kRebuild[] = "Rebuild it against the headers of this Lacuna.";
+
+/// Bytes of an Entry in a plug-in of that minor.
+std::size_t entry_bytes(int abi_minor) {
+  return abi_minor == 0 ? offsetof(sdk::Entry, constraints) : sizeof(sdk::Entry);
+}
 
 bool is_name(const char* text) {
   if (!text || *text < 'a' || *text > 'z') return false;
@@ -48,6 +55,7 @@ class EntryCheck {
     }
     check_defaults(defaults);
     check_presets();
+    check_constraints();
     check_dense_point();
   }
 
@@ -93,6 +101,9 @@ class EntryCheck {
         if (own.name != "base" || !entry_.wrapper) {
           refuse(fmt::format("parameter '{}' is a strategy", p.name), "'base' of a wrapper alone", "");
         }
+        const auto base = parse_json(p.default_value, place_.owner + ": default of 'base'", place_.where);
+        if (!base.is_null() && !(base.is_object() && base.contains("name") && base["name"].is_string()))
+          refuse("default of 'base'", "null, or a role table with a name", excerpt(base));
         continue;
       }
       const auto& reserved = reserved_names();
@@ -102,6 +113,31 @@ class EntryCheck {
       const std::string what = fmt::format("{}: default of '{}'", place_.owner, p.name);
       const auto value = parse_json(p.default_value, what, place_.where);
       canonical_value(own, value, {what, place_.where, ""});
+    }
+  }
+
+  void check_constraints() const {
+    if (entry_.num_constraints < 0 || (entry_.num_constraints > 0 && (!entry_.constraints || !entry_.check)))
+      refuse("its constraints are null", "a table and check", "");
+    nlohmann::ordered_json values = nlohmann::ordered_json::object();
+    for (int i = 0; i < entry_.num_params; ++i) {
+      const sdk::Param& p = entry_.params[i];
+      if (std::string_view(p.type) != "strategy") values[p.name] = nlohmann::ordered_json::parse(p.default_value);
+    }
+    for (int i = 0; i < entry_.num_constraints; ++i) {
+      const sdk::Constraint& c = entry_.constraints[i];
+      if (!c.text || !c.names) refuse(fmt::format("a text of constraint {} is null", i + 1), "both texts", "");
+      for (const std::string& name : constraint_names(c))
+        if (!values.contains(name))
+          refuse(fmt::format("constraint '{}' is about '{}'", c.text, name), "a parameter", "");
+    }
+    check_together(entry_, values, {place_.owner + ": defaults", place_.where, ""});
+    const auto presets = object(entry_.presets, "presets");
+    for (const auto& [name, preset] : presets.items()) {
+      nlohmann::ordered_json changed = values;
+      for (const auto& [key, value] : preset.items())
+        if (values.contains(key)) changed[key] = value;
+      check_together(entry_, changed, {fmt::format("{}: preset '{}'", place_.owner, name), place_.where, ""});
     }
   }
 
@@ -145,14 +181,14 @@ void check_descriptor(const sdk::Descriptor& d, const std::string& library) {
     throw Error({"not a Lacuna plug-in", fmt::format("magic {:#018x} behind 'lacuna_plugin'", sdk::kMagic),
                  fmt::format("{:#018x}", d.magic), library, "Export it with LACUNA_PLUGIN(...)."});
   }
-  if (d.abi_major != sdk::kAbiMajor || d.abi_minor > sdk::kAbiMinor) {
+  if (d.abi_major != sdk::kAbiMajor || d.abi_minor < 0 || d.abi_minor > sdk::kAbiMinor) {
     throw Error({"the plug-in has another ABI", fmt::format("ABI {}.{}", sdk::kAbiMajor, sdk::kAbiMinor),
                  fmt::format("ABI {}.{}", d.abi_major, d.abi_minor), library, kRebuild});
   }
-  if (d.bytes != static_cast<sdk::i32>(sizeof(sdk::Descriptor)) ||
-      d.entry_bytes != static_cast<sdk::i32>(sizeof(sdk::Entry))) {
+  const std::size_t entry_size = entry_bytes(d.abi_minor);
+  if (d.bytes != static_cast<sdk::i32>(sizeof(sdk::Descriptor)) || d.entry_bytes != static_cast<sdk::i32>(entry_size)) {
     throw Error({"the plug-in's structs have other sizes",
-                 fmt::format("Descriptor {}, Entry {} bytes", sizeof(sdk::Descriptor), sizeof(sdk::Entry)),
+                 fmt::format("Descriptor {}, Entry {} bytes", sizeof(sdk::Descriptor), entry_size),
                  fmt::format("{} and {} (SDK {})", d.bytes, d.entry_bytes, d.sdk_version ? d.sdk_version : "unknown"),
                  library, kRebuild});
   }
@@ -170,15 +206,21 @@ void check_descriptor(const sdk::Descriptor& d, const std::string& library) {
       throw Error({which + " is null", "a table made by LACUNA_PLUGIN", "none", library,
                    "Its info(), schema() or the constructor of its Params may have thrown."});
     }
-    if (entry->bytes != static_cast<sdk::i32>(sizeof(sdk::Entry))) {
-      throw Error({which + " has another size", fmt::format("{} bytes", sizeof(sdk::Entry)),
-                   fmt::format("{}", entry->bytes), library, kRebuild});
+    if (entry->bytes != static_cast<sdk::i32>(entry_size)) {
+      throw Error({which + " has another size", fmt::format("{} bytes", entry_size), fmt::format("{}", entry->bytes),
+                   library, kRebuild});
     }
     if (!is_name(entry->name)) {
       throw Error({which + " has no usable name", "lower-case letters, digits and _",
                    entry->name ? fmt::format("'{}'", entry->name) : "null", library, ""});
     }
   }
+}
+
+sdk::Entry whole_entry(const sdk::Entry& entry, int abi_minor) {
+  sdk::Entry out{};
+  std::memcpy(&out, &entry, entry_bytes(abi_minor));
+  return out;
 }
 
 void check_entry(const sdk::Entry& entry, const std::string& library) { EntryCheck(entry, library).run(); }

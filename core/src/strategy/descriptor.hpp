@@ -11,7 +11,11 @@ namespace lacuna {
 /// Reads no field before the ones that vouch for it.
 void check_descriptor(const sdk::Descriptor& descriptor, const std::string& library);
 
-/// Throws Error unless names, parameters, defaults, presets and dense point of a strategy are complete and agree.
+/// A strategy's table of a checked descriptor; what its ABI minor did not have yet is null.
+sdk::Entry whole_entry(const sdk::Entry& entry, int abi_minor);
+
+/// Throws Error unless names, parameters, constraints, defaults, presets and dense point of a strategy are complete and
+/// agree.
 void check_entry(const sdk::Entry& entry, const std::string& library);
 
 }  // namespace lacuna

@@ -6,6 +6,7 @@
 #include <algorithm>
 #include <charconv>
 #include <cmath>
+#include <cstring>
 #include <filesystem>
 #include <limits>
 #include <map>
@@ -20,7 +21,11 @@ namespace {
 
 struct Interval {
   std::optional<double> lo, hi;
-  bool holds(double v) const { return (!lo || v >= *lo) && (!hi || v <= *hi); }
+  bool lo_open = false, hi_open = false;  // the end itself is excluded
+
+  bool holds(double v) const {
+    return (!lo || (lo_open ? v > *lo : v >= *lo)) && (!hi || (hi_open ? v < *hi : v <= *hi));
+  }
 };
 
 std::optional<double> number(const std::string& text) {
@@ -30,15 +35,22 @@ std::optional<double> number(const std::string& text) {
   return out;
 }
 
-/// Nothing for a text that is not "lo..hi".
+/// Nothing for a text that is not "lo..hi", "lo<..hi" or "lo..<hi", or holds no number.
 std::optional<Interval> interval(const std::string& range) {
   if (range.empty()) return Interval{};
   const auto dots = range.find("..");
   if (dots == std::string::npos) return std::nullopt;
-  const std::string lo = range.substr(0, dots), hi = range.substr(dots + 2);
-  const Interval out{number(lo), number(hi)};
-  if ((!lo.empty() && !out.lo) || (!hi.empty() && !out.hi)) return std::nullopt;
-  if (out.lo && out.hi && *out.lo > *out.hi) return std::nullopt;
+  std::string lo = range.substr(0, dots), hi = range.substr(dots + 2);
+  Interval out;
+  out.lo_open = lo.ends_with('<');
+  out.hi_open = hi.starts_with('<');
+  if (out.lo_open) lo.pop_back();
+  if (out.hi_open) hi.erase(0, 1);
+  out.lo = number(lo);
+  out.hi = number(hi);
+  if (((out.lo_open || !lo.empty()) && !out.lo) || ((out.hi_open || !hi.empty()) && !out.hi)) return std::nullopt;
+  const bool open = out.lo_open || out.hi_open;
+  if (out.lo && out.hi && (open ? *out.lo >= *out.hi : *out.lo > *out.hi)) return std::nullopt;
   return out;
 }
 
@@ -176,7 +188,49 @@ std::string expectation(const ParamSpec& spec) {
                            : spec.type == "float" ? "a number"
                            : spec.type == "bool"  ? "true or false"
                                                   : spec.type;
-  return spec.range.empty() ? type : fmt::format("{} in {}", type, spec.range);
+  const std::string range = range_text(spec);
+  if (range.empty()) return type;
+  const bool relation = range[0] == '<' || range[0] == '>';
+  return relation ? fmt::format("{} {}", type, range) : fmt::format("{} in {}", type, range);
+}
+
+std::vector<std::string> constraint_names(const sdk::Constraint& constraint) {
+  std::vector<std::string> out;
+  const std::string names = constraint.names;
+  for (std::size_t begin = 0; begin < names.size();) {
+    const std::size_t end = std::min(names.find(',', begin), names.size());
+    out.push_back(names.substr(begin, end - begin));
+    begin = names.find_first_not_of(", ", end);
+  }
+  return out;
+}
+
+void check_together(const sdk::Entry& entry, const Json& own, const Place& place) {
+  if (entry.num_constraints == 0) return;
+  sdk::Error error{};
+  sdk::i32 broken = -1;
+  if (entry.check(own.dump().c_str(), &broken, &error) != 0)
+    throw Error({fmt::format("{}: its check failed: {}", place.owner,
+                             std::string(error.text, strnlen(error.text, sizeof error.text))),
+                 "", "", place.where, ""});
+  if (broken < 0 || broken >= entry.num_constraints) return;
+  const sdk::Constraint& constraint = entry.constraints[broken];
+  std::string found;
+  for (const std::string& name : constraint_names(constraint))
+    found += fmt::format("{}{} = {}", found.empty() ? "" : ", ", name, own[name].dump());
+  throw Error({place.owner + ": parameters that do not go together", constraint.text, found, place.where, ""});
+}
+
+std::string range_text(const ParamSpec& spec) {
+  const auto in = spec.range.find("..") == std::string::npos ? std::nullopt : interval(spec.range);
+  if (!in) return spec.range;
+  const auto dots = spec.range.find("..");
+  const std::string lo = spec.range.substr(0, dots - (in->lo_open ? 1 : 0)),
+                    hi = spec.range.substr(dots + (in->hi_open ? 3 : 2));
+  if (in->lo && in->hi && !in->lo_open && !in->hi_open) return spec.range;
+  if (in->lo && in->hi) return fmt::format("{}{}, {}{}", in->lo_open ? '(' : '[', lo, hi, in->hi_open ? ')' : ']');
+  if (in->lo) return fmt::format("{} {}", in->lo_open ? ">" : ">=", lo);
+  return in->hi ? fmt::format("{} {}", in->hi_open ? "<" : "<=", hi) : "";
 }
 
 std::string near_name(const std::string& name, const std::vector<std::string>& known) {
@@ -186,7 +240,7 @@ std::string near_name(const std::string& name, const std::vector<std::string>& k
 std::string range_fault(const ParamSpec& spec) {
   static const std::set<std::string> kNumbers = {"int", "float", "ints"}, kOthers = {"bool", "classes", "strategy"};
   if (kNumbers.contains(spec.type))
-    return interval(spec.range) ? "" : fmt::format("range '{}' is not lo..hi", spec.range);
+    return interval(spec.range) ? "" : fmt::format("range '{}' is not lo..hi, lo<..hi or lo..<hi", spec.range);
   if (kOthers.contains(spec.type)) return spec.range.empty() ? "" : fmt::format("type {} takes no range", spec.type);
   if (spec.type != "string") return fmt::format("unknown type '{}'", spec.type);
   const auto listed = choices(spec.range);
@@ -242,10 +296,10 @@ BudgetSpec read_budget(const Json& table, const Place& place) {
   static const struct {
     Kind kind;
     ParamSpec spec;
-  } kKinds[] = {{Kind::density, {"density", "share of the tokens or pairs that may be used", "float", "", "..1"}},
+  } kKinds[] = {{Kind::density, {"density", "share of the tokens or pairs that may be used", "float", "", "0<..1"}},
                 {Kind::tokens, {"tokens", "tokens of a row", "int", "", "1.."}},
                 {Kind::units, {"units", "ranked units of a row", "int", "", "1.."}},
-                {Kind::mass, {"mass", "share of a row's mass to reach", "float", "", "..1"}}};
+                {Kind::mass, {"mass", "share of a row's mass to reach", "float", "", "0<..1"}}};
   static const ParamSpec kShape = {"shape", "how a prefill density is spread over the tiles", "string", "",
                                    "constant|proportional"};
   BudgetSpec out;
@@ -257,10 +311,8 @@ BudgetSpec read_budget(const Json& table, const Place& place) {
                    fmt::format("{} and {}", first, spec.name), place.where, "Remove one of them."});
     }
     first = spec.name;
-    const double value = canonical_value(spec, table[spec.name], place).get<double>();
-    if (!(value > 0)) refuse(spec, "a number in (0, 1]", excerpt(table[spec.name]), place);
+    out.value = canonical_value(spec, table[spec.name], place).get<double>();
     out.kind = kind;
-    out.value = value;
   }
   if (!table.contains("shape")) return out;
   if (out.kind != Kind::density && out.kind != Kind::none) {

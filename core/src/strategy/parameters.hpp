@@ -21,8 +21,15 @@ struct Place {
 /// carry.
 Json canonical_value(const ParamSpec& spec, const Json& value, const Place& place);
 
-/// "int in 1..4096", "mean|max|sum": what a parameter takes.
+/// "a whole number in 1..4096", "a number in (0, 1]", "mean|max|sum": what a parameter takes.
 std::string expectation(const ParamSpec& spec);
+
+/// The parameters that a constraint is about.
+std::vector<std::string> constraint_names(const sdk::Constraint& constraint);
+
+/// Asks the plug-in whether its resolved own parameters go together. Throws Error with the constraint that they break
+/// and the values it is about.
+void check_together(const sdk::Entry& entry, const Json& own, const Place& place);
 
 /// "did you mean ...?" if one of the names is near, else "": for errors that list the names anyway.
 std::string near_name(const std::string& name, const std::vector<std::string>& known);

@@ -95,7 +95,7 @@ void Registry::load(const std::string& library) {
   check_descriptor(descriptor, path);
   std::vector<std::unique_ptr<StrategyType>> added;
   for (int i = 0; i < descriptor.num_entries; ++i) {
-    const sdk::Entry& entry = *descriptor.entries[i];
+    const sdk::Entry entry = whole_entry(*descriptor.entries[i], descriptor.abi_minor);
     check_entry(entry, path);
     for (const auto* others : {&types_, &added}) {
       for (const auto& other : *others) {

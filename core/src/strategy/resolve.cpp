@@ -50,8 +50,11 @@ class Resolver {
     out.own = Json::object();
     out.shared = Json::object();
     for (const ParamSpec& spec : specs_) (spec.shared ? out.shared : out.own)[spec.name] = value_of(spec, preset);
+    check_together(type_->entry(), out.own, place_);
     if (role_ != RoleKind::allocate) out.budget = read_budget(table_, place_);
     if (type_->entry().wrapper) {
+      if (const std::string base = type_->default_base(); !table_.contains("base") && !base.empty())
+        table_["base"] = Json::parse(base);
       if (!table_.contains("base")) {
         refuse(place_.owner + " is a wrapper", "base, another strategy by name or table", "none",
                "Add base = \"...\".");

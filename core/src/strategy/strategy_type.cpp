@@ -22,11 +22,13 @@ const char* verb(RoleKind role) {
 }
 
 StrategyType::StrategyType(const sdk::Entry& entry, std::string library, std::string id)
-    : entry_(&entry), library_(std::move(library)), id_(std::move(id)) {
+    : entry_(entry), library_(std::move(library)), id_(std::move(id)) {
   for (int i = 0; i < entry.num_params; ++i) {
     const sdk::Param& p = entry.params[i];
     params_.push_back({p.name, p.doc, p.type, p.default_value, p.range, p.is_budget_knob != 0, false});
   }
+  if (*entry.dense_point && !entry.takes_budget && !entry.wrapper)
+    always_dense_ = parse_json(entry.dense_point, "dense_point", library_).empty();
   if (!can_select() && !can_evict()) return;
   const auto named = [this](const std::string& name) {
     return std::any_of(params_.begin(), params_.end(), [&](const ParamSpec& p) { return p.name == name; });
@@ -67,9 +69,15 @@ std::vector<ParamSpec> StrategyType::params(RoleKind role) const {
 
 std::vector<std::string> StrategyType::presets() const {
   std::vector<std::string> out;
-  const auto all = parse_json(entry_->presets, "presets", library_);
+  const auto all = parse_json(entry_.presets, "presets", library_);
   for (const auto& item : all.items()) out.push_back(item.key());
   return out;
+}
+
+std::string StrategyType::default_base() const {
+  for (const ParamSpec& p : params_)
+    if (p.type == "strategy" && p.default_json != "null") return p.default_json;
+  return "";
 }
 
 bool StrategyType::can(RoleKind role) const {
@@ -77,23 +85,23 @@ bool StrategyType::can(RoleKind role) const {
 }
 
 bool StrategyType::can_select() const {
-  return (in_phase(sdk::kPrefill) || in_phase(sdk::kDecode)) && (entry_->score || entry_->mark || entry_->refine);
+  return (in_phase(sdk::kPrefill) || in_phase(sdk::kDecode)) && (entry_.score || entry_.mark || entry_.refine);
 }
 
-bool StrategyType::can_evict() const { return in_phase(sdk::kEvict) && (entry_->score || entry_->retain); }
+bool StrategyType::can_evict() const { return in_phase(sdk::kEvict) && (entry_.score || entry_.retain); }
 
-bool StrategyType::can_allocate() const { return entry_->allocate_layers || entry_->allocate_rows; }
+bool StrategyType::can_allocate() const { return entry_.allocate_layers || entry_.allocate_rows; }
 
 std::vector<std::string> StrategyType::roles() const {
-  const std::pair<const char*, bool> all[] = {{"plan", entry_->plan != nullptr},
-                                              {"index", entry_->index != nullptr},
-                                              {"score", entry_->score != nullptr},
-                                              {"mark", entry_->mark != nullptr},
-                                              {"refine", entry_->refine != nullptr},
-                                              {"allocate_layers", entry_->allocate_layers != nullptr},
-                                              {"allocate_rows", entry_->allocate_rows != nullptr},
-                                              {"retain", entry_->retain != nullptr},
-                                              {"attended", entry_->attended != nullptr}};
+  const std::pair<const char*, bool> all[] = {{"plan", entry_.plan != nullptr},
+                                              {"index", entry_.index != nullptr},
+                                              {"score", entry_.score != nullptr},
+                                              {"mark", entry_.mark != nullptr},
+                                              {"refine", entry_.refine != nullptr},
+                                              {"allocate_layers", entry_.allocate_layers != nullptr},
+                                              {"allocate_rows", entry_.allocate_rows != nullptr},
+                                              {"retain", entry_.retain != nullptr},
+                                              {"attended", entry_.attended != nullptr}};
   std::vector<std::string> out;
   for (const auto& [name, has] : all) {
     if (has) out.emplace_back(name);

@@ -90,6 +90,42 @@ struct Wrap : Strategy {
   void refine(Context&, const Budget&, Selection&) override {}
 };
 
+/// A wrapper that need not be told its base.
+struct WrapBoth : Wrap {
+  struct Params {
+    Base base{R"({"name": "both", "density": 0.25})"};
+  } params;
+  static void schema(Schema<Params>& s) { s.field("base", &Params::base, "what it narrows"); }
+  static Info info() {
+    Info i = Wrap::info();
+    i.name = "wrap_both";
+    return i;
+  }
+};
+
+/// Parameters that only fit together in some ways, and open ends.
+struct Paired : Strategy {
+  struct Params {
+    i32 block = 8, stride = 4;
+    double share = 0.5, least = 1;
+  } params;
+  static void schema(Schema<Params>& s) {
+    s.field("block", &Params::block, "tokens of a block", "1..")
+        .field("stride", &Params::stride, "tokens of a group", "1..")
+        .field("share", &Params::share, "a share", "0<..1")
+        .field("least", &Params::least, "a number", "0<..")
+        .require("block, stride", "block is a multiple of stride",
+                 [](const Params& p) { return p.block % p.stride == 0; })
+        .require("stride", "stride is even", [](const Params& p) { return p.stride % 2 == 0; });
+  }
+  static Info info() {
+    Info i = named("paired", kDecode);
+    i.presets = R"({"wide": {"block": 12}})";
+    return i;
+  }
+  void score(Context&, Scores&) override {}
+};
+
 /// Takes no budget.
 struct Fixed : Strategy {
   struct Params {
@@ -111,4 +147,4 @@ struct Share : Strategy {
 };
 }  // namespace
 
-LACUNA_PLUGIN(Echo, Both, Keeper, Wrap, Fixed, Share)
+LACUNA_PLUGIN(Echo, Both, Keeper, Wrap, WrapBoth, Paired, Fixed, Share)

@@ -15,19 +15,29 @@
 
 namespace lacuna::sdk {
 
-/// One parameter as the core sees it. `type`: int | float | bool | string | ints | classes | strategy. `range`:
-/// "lo..hi" for numbers, "a|b|c" for strings, or empty.
+/// One parameter as the core sees it. `type`: int | float | bool | string | ints | classes | strategy. `range`: for
+/// numbers "lo..hi", where either end may be missing (unbounded) and a `<` beside the dots excludes an end ("0<..1");
+/// for strings "a|b|c"; or empty.
 struct Param {
   const char *name, *doc, *type, *default_value, *range;
   i32 is_budget_knob;
+};
+
+/// A condition on parameters that their ranges cannot say. `text` says it ("block is a multiple of stride"); `names`
+/// lists the parameters that it is about, separated by commas.
+struct Constraint {
+  const char *text, *names;
 };
 
 /// A list of whole numbers (dense_layers, select_layers, ...).
 using Ints = std::vector<i32>;
 /// KV heads by model layer, from a class table: TOML `[layer.3] full = [0, 2]`.
 using Classes = std::map<i32, std::vector<i32>>;
-/// The name of another strategy, owned by the core (wrappers): only its presence matters to the plug-in.
-struct Base {};
+/// The name of another strategy, owned by the core (wrappers): only its presence matters to the plug-in. `by_default`:
+/// the role table that stands in where none is given, as JSON ({"name": ..., "density": ...}); "null": one must be.
+struct Base {
+  const char* by_default = "null";
+};
 
 namespace detail {
 
@@ -64,7 +74,7 @@ inline std::string to_json(const Classes& v) {
   }
   return out + "}";
 }
-inline std::string to_json(const Base&) { return "null"; }
+inline std::string to_json(const Base& v) { return v.by_default; }
 
 template <class T>
 constexpr const char* type_name() {
@@ -147,7 +157,7 @@ inline void parse(const std::string&, Base&) {}
 template <class P>
 class Schema {
  public:
-  /// A number: `range` is "lo..hi" (either end may be empty). A string: `range` lists the choices, "a|b|c".
+  /// `range` as in Param.
   template <class T>
   Schema& field(const char* name, T P::*member, const char* doc, const char* range = "") {
     return add(name, member, doc, range, 0);
@@ -157,13 +167,33 @@ class Schema {
   Schema& knob(const char* name, T P::*member, const char* doc, const char* range = "") {
     return add(name, member, doc, range, 1);
   }
+  /// What must hold of the parameters `names` ("block, stride") together: `text` says it and is shown with them,
+  /// `holds` tells. The core asks before anything runs; its presets and defaults must fulfil it too.
+  Schema& require(const char* names, const char* text, std::function<bool(const P&)> holds) {
+    constraints.push_back({names, text, std::move(holds)});
+    return *this;
+  }
 
   struct Field {
     std::string name, doc, type, default_value, range;
     i32 is_budget_knob;
     std::function<void(P&, const std::string&)> read;
   };
+  struct Rule {
+    std::string names, text;
+    std::function<bool(const P&)> holds;
+  };
   std::vector<Field> fields;
+  std::vector<Rule> constraints;
+
+  /// The parameters of one flat JSON object; those that it leaves out keep their defaults.
+  P read(const char* json) const {
+    P out{};
+    const auto members = detail::json_members(json);
+    for (const Field& field : fields)
+      if (const auto it = members.find(field.name); it != members.end()) field.read(out, it->second);
+    return out;
+  }
 
  private:
   template <class T>

@@ -11,7 +11,7 @@
 namespace lacuna::sdk {
 
 inline constexpr u64 kMagic = 0x6c6163756e615f31ull;  // "lacuna_1"
-inline constexpr i32 kAbiMajor = 1, kAbiMinor = 0;
+inline constexpr i32 kAbiMajor = 1, kAbiMinor = 1;
 inline constexpr const char* kSdkVersion = "0.1.0";
 #if defined(_GLIBCXX_USE_CXX11_ABI) && _GLIBCXX_USE_CXX11_ABI
 inline constexpr const char* kCxxRuntime = "libstdc++-cxx11";
@@ -92,6 +92,11 @@ struct Entry {
   i32 (*allocate_rows)(Strategy*, Services*, const Scores*, Budget*, Error*);
   i32 (*retain)(Strategy*, Services*, const Budget*, Kept*, Error*);
   i32 (*attended)(Strategy*, Services*, const Attended*, Error*);
+  // Since ABI 1.1.
+  const Constraint* constraints;
+  i32 num_constraints;
+  /// `broken`: the first constraint that the parameters break, or -1.
+  i32 (*check)(const char* parameters_json, i32* broken, Error*);
 };
 
 /// The exported symbol `lacuna_plugin`.
@@ -149,12 +154,18 @@ class __attribute__((visibility("hidden"))) EntryFor {
     return guarded(error, [&] {
       auto made = std::make_unique<T>();
       made->common = *common;
-      if constexpr (requires(T t) { t.params; }) {
-        const auto members = json_members(json);
-        for (const auto& field : schema().fields)
-          if (auto it = members.find(field.name); it != members.end()) field.read(made->params, it->second);
-      }
+      if constexpr (requires(T t) { t.params; }) made->params = schema().read(json);
       *out = made.release();
+    });
+  }
+  static i32 check(const char* json, i32* broken, Error* error) {
+    return guarded(error, [&] {
+      const P params = schema().read(json);
+      const auto& rules = schema().constraints;
+      *broken = 0;
+      while (*broken < static_cast<i32>(rules.size()) && rules[static_cast<std::size_t>(*broken)].holds(params))
+        ++*broken;
+      if (*broken == static_cast<i32>(rules.size())) *broken = -1;
     });
   }
 
@@ -175,6 +186,11 @@ class __attribute__((visibility("hidden"))) EntryFor {
       for (const auto& f : schema().fields)
         out.push_back({f.name.c_str(), f.doc.c_str(), f.type.c_str(), f.default_value.c_str(), f.range.c_str(),
                        f.is_budget_knob});
+      return out;
+    }();
+    static const std::vector<Constraint> constraints = [] {
+      std::vector<Constraint> out;
+      for (const auto& rule : schema().constraints) out.push_back({rule.text.c_str(), rule.names.c_str()});
       return out;
     }();
     static const Entry entry = [] {
@@ -198,6 +214,9 @@ class __attribute__((visibility("hidden"))) EntryFor {
       e.wrapper = info.wrapper;
       e.params = params.data();
       e.num_params = static_cast<i32>(params.size());
+      e.constraints = constraints.data();
+      e.num_constraints = static_cast<i32>(constraints.size());
+      e.check = &EntryFor::check;
       e.create = &EntryFor::create;
       e.destroy = [](Strategy* s) { delete s; };
 #define LACUNA_ROLE(role, arguments, call)                                      \

@@ -31,11 +31,12 @@ struct Resolved {
   Json describe() const;
 };
 
-/// Checks names, types, ranges and choices; fills in preset and defaults (a given value wins over the preset, the
-/// preset over the default); reads class tables: a TOML file relative to `directory`, or a table, `layer.3.full = [0,
-/// 2]` or 3 = [0, 2]. `given` is an object with "name"; a string stands for {"name": string}. A wrapper's "base" is
-/// resolved for the same role; dense_layers, cut and positions belong to the wrapper alone, and a base's preset does
-/// not set them. `where` goes with errors ("scenario.toml:12:3"). Throws Error with the nearest valid names.
+/// Checks names, types, ranges, choices and constraints; fills in preset and defaults (a given value wins over the
+/// preset, the preset over the default); reads class tables: a TOML file relative to `directory`, or a table,
+/// `layer.3.full = [0, 2]` or 3 = [0, 2]. `given` is an object with "name"; a string stands for {"name": string}. A
+/// wrapper's "base" is resolved for the same role; dense_layers, cut and positions belong to the wrapper alone, and a
+/// base's preset does not set them. `where` goes with errors ("scenario.toml:12:3"). Throws Error with the nearest
+/// valid names.
 Resolved resolve(const Registry& registry, const Json& given, const std::string& where, const std::string& directory,
                  RoleKind role);
 

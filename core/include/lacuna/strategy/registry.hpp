@@ -20,13 +20,16 @@ struct ParamSpec {
   bool budget_knob = false, shared = false;
 };
 
+/// The range as people write it: "1..4096", ">= 1", "(0, 1]", "mean|max"; "" for none.
+std::string range_text(const ParamSpec& spec);
+
 /// A strategy of a loaded library. Lives as long as the process: libraries are never unloaded.
 class StrategyType {
  public:
   /// `entry` has passed the checks of Registry::load.
   StrategyType(const sdk::Entry& entry, std::string library, std::string id);
-  const sdk::Entry& entry() const { return *entry_; }
-  std::string name() const { return entry_->name; }
+  const sdk::Entry& entry() const { return entry_; }
+  std::string name() const { return entry_.name; }
   const std::string& library() const { return library_; }
   /// library_id of the library that holds it.
   const std::string& id() const { return id_; }
@@ -36,18 +39,23 @@ class StrategyType {
   /// Those that apply in one use. gqa defaults to `none` for select and to `mean` for evict, where `none` cannot be.
   std::vector<ParamSpec> params(RoleKind role) const;
   std::vector<std::string> presets() const;
+  /// The base that a wrapper has where none is given, as a role table in JSON; "" if one must be given.
+  std::string default_base() const;
+  /// Dense at every point of its parameters: the dense point it declares asks for nothing, nor does it take a budget.
+  bool always_dense() const { return always_dense_; }
 
   bool can(RoleKind role) const;
   bool can_select() const;    // score, mark or refine, in prefill or decode
   bool can_evict() const;     // phase evict, score or retain
   bool can_allocate() const;  // allocate_layers or allocate_rows
-  bool in_phase(sdk::Phases phase) const { return (entry_->phases & phase) != 0; }
+  bool in_phase(sdk::Phases phase) const { return (entry_.phases & phase) != 0; }
   std::vector<std::string> roles() const;  // names of the functions it overrides
 
  private:
-  const sdk::Entry* entry_;
+  sdk::Entry entry_;
   std::string library_, id_;
   std::vector<ParamSpec> params_;
+  bool always_dense_ = false;
 };
 
 class Registry {
