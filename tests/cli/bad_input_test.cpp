@@ -112,6 +112,8 @@ TEST_CASE("scenarios with mistakes") {
   check_refused(run_scenario("run.device = \"gpu\"\n[[strategy]]\nselect = \"quest\"\n"),
                 {"s.toml:3:14", "cpu or cuda"});
   check_refused(run_scenario("[[strategy]]\nevict = { name = \"snapkv\", cut = 289 }\n"), {"cut", "288"});
+  check_refused(run_scenario("[[strategy]]\nevict = { name = \"snapkv\", kernel = 8 }\n"),
+                {"s.toml:4:9", "kernel is odd", "kernel = 8"});
   check_refused(run_on(
                     [](const std::string& path) {
                       SmallTrace t;

@@ -11,7 +11,8 @@ TEST_CASE("list") {
   const Outcome o = run_lacuna({"list"});
   CHECK(o.code == 0);
   CHECK(o.err == "");
-  for (const char* part : {"name ", "quest ", "select wrapper", "prefill, evict, decode"}) CHECK(o.prints(part));
+  for (const char* part : {"name ", "quest ", "select wrapper (base quest)", "prefill, evict, decode"})
+    CHECK(o.prints(part));
   const Json all = Json::parse(run_lacuna({"list", "--json"}).out);
   CHECK(static_cast<std::size_t>(std::count(o.out.begin(), o.out.end(), '\n')) == all.size() + 1);
   for (const Json& s : all) CHECK(o.prints(s["name"].get<std::string>() + " "));
@@ -28,6 +29,9 @@ TEST_CASE("describe says all about every strategy") {
   for (const char* part :
        {"page_size = 16  (int, 1..4096)", "shared parameters", "gqa = ", "presets", "sparse_frontier"})
     CHECK(quest.prints(part));
+  CHECK(run_lacuna({"describe", "snapkv"}).prints("\nconstraints\n  kernel is odd\n"));
+  CHECK(run_lacuna({"describe", "snapkv"}).prints("window = 32  (int, >= 1)"));
+  CHECK(run_lacuna({"describe", "twilight"}).prints(R"(base = {"name": "quest", "density": 0.25}  (strategy))"));
 }
 
 TEST_CASE("help and version") {
@@ -71,6 +75,9 @@ TEST_CASE("dump") {
   o = dump({"--phase", "decode", "--select", "twilight", "--set", "select.base.density=0.5", "--set",
             "select.base.name=quest"});
   CHECK(o.code == 0);
+  o = dump({"--phase", "decode", "--select", "twilight"});
+  INFO(o.err);
+  CHECK(o.code == 0);
   o = dump(
       {"--phase", "evict", "--evict", "snapkv", "--allocate", "ada", "--tokens", "64", "--cut", "before_question"});
   INFO(o.err);
@@ -81,6 +88,7 @@ TEST_CASE("dump") {
     CHECK(file.tensors().at("kept.indices").elements() == 3 * 64);
   }
   check_refused(dump({"--phase", "decode"}), {"--select"});
+  check_refused(dump({"--phase", "prefill", "--select", "dense", "--allocate", "duo"}), {"'dense' chooses by itself"});
   check_refused(dump({"--phase", "decod", "--select", "quest"}), {"did you mean 'decode'"});
   check_refused(dump({"--phase", "decode", "--select", "qest"}), {"did you mean 'quest'"});
   check_refused(dump({"--phase", "decode", "--select", "quest", "--density", "0.5", "--tokens", "3"}), {"--density"});

@@ -88,6 +88,13 @@ TEST_CASE("budgets") {
     CHECK(s.cells[1].select->budget.kind == BudgetSpec::Kind::none);
     CHECK(s.cells[1].select->base->budget.value == 0.2);
   }
+  SUBCASE("a wrapper's default base has a budget of its own") {
+    const Scenario s = parse(budget + "[[strategy]]\nselect = \"twilight\"");
+    REQUIRE(s.cells.size() == 1);
+    CHECK(s.cells[0].label == "twilight");
+    CHECK(s.cells[0].select->base->type->name() == "quest");
+    CHECK(s.cells[0].select->base->budget.value == 0.25);
+  }
   SUBCASE("each role of a cell") {
     const Scenario s = parse(
         budget + "[[strategy]]\nevict = { name = \"snapkv\", density = 0.5 }\nallocate = \"ada\"\nselect = \"quest\"");
@@ -141,6 +148,15 @@ TEST_CASE("[[exclude]] drops what it describes") {
   CHECK(text.find("no cell is left") != std::string::npos);
 }
 
+TEST_CASE("an allocator beside what it cannot change is refused, and what it can is not") {
+  for (const char* pair :
+       {"select = \"quest\"\nallocate = \"duo\"", "evict = \"streaming_llm\"\nallocate = \"pyramid\"",
+        "evict = \"snapkv\"\nallocate = \"ada\"\nselect = \"dense\"", "allocate = \"duo\""})
+    CHECK(parse_error(std::string("budget.density = 0.2\n[[strategy]]\n") + pair) == "");
+  CHECK(labels_of(parse("[[strategy]]\nselect = [\"dense\", \"quest\"]\nallocate = \"duo\"\n[[exclude]]\nselect = "
+                        "\"dense\"\nallocate = \"duo\"")) == Labels{"duo → quest"});
+}
+
 TEST_CASE("every mistake names its place and the way out") {
   struct Mistake {
     const char *text, *place, *part;  // place: line:column, the line after the first
@@ -168,7 +184,14 @@ TEST_CASE("every mistake names its place and the way out") {
       {"budget = { tokens = 5, shape = \"constant\" }", ":2:32", "beside a density"},
       {"[[strategy]]\nselect = \"qest\"", ":3:10", "did you mean 'quest'"},
       {"[[strategy]]\nselect = { name = \"twilight\", base = \"qest\" }", ":3:10", "did you mean 'quest'"},
-      {"[[strategy]]\nselect = { name = \"twilight\" }", ":3:10", "Add base"},
+      {"[[strategy]]\nevict = { name = \"snapkv\", kernel = 4 }", ":3:9", "expected kernel is odd, found kernel = 4"},
+      {"[[strategy]]\nselect = { name = \"xattention\", block = 100 }", ":3:10",
+       "expected block is a multiple of stride, found block = 100, stride = 16"},
+      {"[[strategy]]\nselect = { name = \"vertical_slash\", block = [32, 48] }", ":3:10",
+       "expected q_tile is a multiple of block, found block = 48, q_tile = 64"},
+      {"[[strategy]]\nselect = \"dense\"\nallocate = \"duo\"", ":4:12", "'dense' chooses by itself"},
+      {"[[strategy]]\nselect = \"twilight\"\nallocate = \"ada\"", ":4:12", "'twilight' chooses by itself"},
+      {"[[strategy]]\nevict = \"streaming_llm\"\nallocate = \"duo\"", ":4:12", "'streaming_llm' chooses by itself"},
       {"[[strategy]]\nselect = { page_size = 3 }", ":3:10", "a name or"},
       {"[[strategy]]\nselect = { name = \"quest\", pagesize = 3 }", ":3:10", "did you mean 'page_size'"},
       {"[[strategy]]\nselect = { name = \"quest\", page_size = 0 }", ":3:10", "1..4096"},

@@ -37,6 +37,29 @@ TEST_CASE("--set") {
     const Scenario s = with({"select.base.unit=page", "select.base.name=oracle_topk"});
     CHECK(s.cells.at(0).select->base->own["unit"] == "page");
   }
+  SUBCASE("role.base.key of a base that is the default") {
+    Overrides o;
+    o.set = {"select.base.page_size=64"};
+    const Scenario s = parse("[[strategy]]\nselect = \"twilight\"", o);
+    CHECK(s.cells.at(0).select->base->own["page_size"] == 64);
+    CHECK(s.cells.at(0).select->base->budget.value == 0.25);
+  }
+  SUBCASE("a place inside a class table") {
+    Overrides o;
+    o.set = {"allocate.classes.layer.3.full=[0, 2]", "allocate.classes.layer.5.full=[]"};
+    const std::string study = "[[strategy]]\nselect = \"quest\"\nallocate = ";
+    const Scenario s = parse(study + "\"duo\"", o);
+    CHECK(s.cells.at(0).allocate->own["classes"].dump() == R"({"3":[0,2],"5":[]})");
+    const Scenario added = parse(study + "{ name = \"duo\", classes.layer.5.full = [1] }", o);
+    CHECK(added.cells.at(0).allocate->own["classes"].dump() == R"({"3":[0,2],"5":[]})");
+    const std::string file = parse_error(study + "{ name = \"duo\", classes = \"heads.toml\" }", o);
+    CHECK(file.find("'classes' is a file") != std::string::npos);
+    CHECK(file.find("--set 'allocate.classes={layer.3.full=[0, 2]}'") != std::string::npos);
+    o.set = {"allocate.classes={layer.3.full=[0, 2]}"};
+    CHECK(parse(study + "\"duo\"", o).cells.at(0).allocate->own["classes"].dump() == R"({"3":[0,2]})");
+    o.set = {"allocate.sinks.layer.3=1"};
+    CHECK(parse_error(study + "\"duo\"", o).find("changes nothing") != std::string::npos);
+  }
   SUBCASE("a bare key of one role") {
     const Scenario s = with({"window=16"});
     CHECK(s.cells.at(2).evict->own["window"] == 16);

@@ -48,6 +48,16 @@ bool ends_with(const std::string& text, const std::string& end) {
 
 constexpr const char* kCommandLine = "command line";
 
+/// Whether `key` is a place inside a class table, "classes.layer.3.full"; `parameter` becomes "classes".
+bool is_inside_classes(const Registry& registry, const Json& role, RoleKind kind, const std::string& key,
+                       std::string& parameter) {
+  parameter = key.substr(0, key.find('.'));
+  if (parameter == key) return false;
+  const auto params = type_of(registry, role).params(kind);
+  return std::any_of(params.begin(), params.end(),
+                     [&](const ParamSpec& p) { return p.name == parameter && p.type == "classes"; });
+}
+
 }  // namespace
 
 const std::vector<std::string>& role_names() {
@@ -154,13 +164,23 @@ bool apply(const Registry& registry, Json& roles, const Setting& setting) {
   std::string key = setting.path.substr(dot + 1);
   for (; key.rfind("base.", 0) == 0; key.erase(0, 5)) {
     if (!type_of(registry, *table).entry().wrapper) return false;
-    Json& base = (*table)["base"];
     if (key == "base.name") {
-      base["name"] = setting.value;
+      (*table)["base"]["name"] = setting.value;
       return true;
     }
-    if (!base.is_object() || !base.contains("name")) return false;
-    table = &base;
+    if (const std::string base = type_of(registry, *table).default_base(); !table->contains("base") && !base.empty())
+      (*table)["base"] = Json::parse(base);
+    if (!table->contains("base")) return false;
+    table = &(*table)["base"];
+  }
+  if (std::string parameter; is_inside_classes(registry, *table, kind_of(role), key, parameter)) {
+    if (table->contains(parameter) && !(*table)[parameter].is_object())
+      throw Error(
+          {"--set " + setting.text + ": '" + parameter + "' is a file, which has no places of its own",
+           "a class table in the scenario", (*table)[parameter].dump(), kCommandLine,
+           "Change the file, or set the whole table: --set '" + role + "." + parameter + "={layer.3.full=[0, 2]}'."});
+    assign(*table, key, setting.value);
+    return true;
   }
   if (!has_key(registry, *table, kind_of(role), key)) return false;
   (*table)[key] = key == "base" ? role_variants(setting.value, kCommandLine).front() : setting.value;
@@ -179,6 +199,18 @@ Error unused_setting(const Registry& registry, const std::vector<Json>& studied,
   return Error({"--set " + setting.text + " changes nothing",
                 known.empty() ? "a role that a strategy of the study has" : "a parameter of the role's strategies",
                 setting.path, kCommandLine, suggestion(key, {known.begin(), known.end()})});
+}
+
+std::string why_not_shared(const Cell& cell) {
+  if (!cell.allocate) return "";
+  const Resolved* served = cell.evict ? &*cell.evict : cell.select ? &*cell.select : nullptr;
+  if (!served) return "";
+  const sdk::Entry& e = served->type->entry();
+  const bool by_rules = cell.allocate->type->entry().takes_budget == 0;
+  const bool chooses = cell.evict ? e.retain && !e.score && (!e.takes_budget || by_rules) : e.mark || e.refine;
+  if (!chooses) return "";
+  return "'" + served->type->name() + "' chooses by itself, without a ranking or a target of each head, so '" +
+         cell.allocate->type->name() + "' would change nothing";
 }
 
 void apply_settings(const Registry& registry, Json& roles, const std::vector<std::string>& settings) {

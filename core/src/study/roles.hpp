@@ -6,6 +6,7 @@
 #include <vector>
 
 #include "lacuna/base/error.hpp"
+#include "lacuna/replay/row.hpp"
 #include "lacuna/strategy/instance.hpp"
 
 namespace lacuna {
@@ -41,7 +42,12 @@ std::vector<Setting> read_settings(const Registry& registry, const std::vector<J
 /// The error for a setting that no strategy of the study takes, with the nearest parameters of its role.
 Error unused_setting(const Registry& registry, const std::vector<Json>& studied, const Setting& setting);
 
-/// Writes it into the role tables; false when the role is not there or its strategy lacks the key.
+/// Why the cell's allocator could not act on the strategy that it serves (evict, or select without an evict role); ""
+/// if it can.
+std::string why_not_shared(const Cell& cell);
+
+/// Writes it into the role tables; a key may lead into a class table ("allocate.classes.layer.3.full"). False when the
+/// role is not there or its strategy lacks the key.
 bool apply(const Registry& registry, Json& roles, const Setting& setting);
 
 }  // namespace lacuna

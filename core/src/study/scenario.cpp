@@ -278,6 +278,7 @@ class Loader {
           resolve(registry_, table, document_.where(place + "." + role), directory_, kind_of(role));
     }
     cell.label = label;
+    const std::string idle = why_not_shared(cell);
     const bool stochastic = is_stochastic(cell.select) || is_stochastic(cell.evict) || is_stochastic(cell.allocate);
     const Json exclusions = document_.root.value("exclude", Json::array());
     for (const std::uint64_t seed : seeds_) {
@@ -288,6 +289,9 @@ class Loader {
         continue;
       // Methods without a budget come round once for each default budget.
       if (!known_.insert(label + described.dump()).second) continue;
+      if (!idle.empty())
+        throw Error({"an allocator with nothing to share: " + idle, "beside it a strategy that ranks (role score)", "",
+                     document_.where(place + ".allocate"), "Drop allocate there, or [[exclude]] the pair."});
       if (out_.cells.size() == kMostCells)
         throw Error({"too many cells", "at most " + std::to_string(kMostCells), "more", document_.where(place),
                      "Shorten an axis, or split the study."});
@@ -329,6 +333,9 @@ Cell make_cell(const Registry& registry, const Json& roles, std::uint64_t seed, 
      : role == "evict" ? cell.evict
                        : cell.allocate) = resolve(registry, table, where, directory, kind_of(role));
   cell.label = label_of_cell(roles, {});
+  if (const std::string idle = why_not_shared(cell); !idle.empty())
+    throw Error({"an allocator with nothing to share: " + idle, "beside it a strategy that ranks (role score)", "",
+                 where, "Drop allocate, or choose another strategy."});
   return cell;
 }
 
