@@ -11,13 +11,15 @@
 
 namespace lacuna::testing {
 
-/// A metric with one head and 8 blocks of 8 queries, every sample `value`.
-inline LayerStats constant(const std::string& metric, float value, sdk::i64 queries = 64) {
-  Samples s{1, queries, std::vector<float>(static_cast<std::size_t>(queries), value)};
+/// A metric with a head for each value, every sample that value, and 8 blocks of 8 queries.
+inline LayerStats constant(const std::string& metric, const std::vector<float>& values, sdk::i64 queries = 64) {
+  Samples s{static_cast<sdk::i32>(values.size()), queries, {}};
+  for (const float value : values) s.value.insert(s.value.end(), static_cast<std::size_t>(queries), value);
   return collect(find_metric(metric), s, make_blocks(queries, 8, {}));
 }
+inline LayerStats constant(const std::string& metric, float value) { return constant(metric, std::vector{value}); }
 
-/// A study of the scenario's cells on traces of two layers (0 and 9) of 10.
+/// A study of the scenario's cells on traces of 100 + 64 tokens and two layers (0 and 9) of 10.
 class MadeStudy {
  public:
   explicit MadeStudy(const std::string& scenario, std::vector<std::string> models = {"m"}) {
@@ -29,6 +31,8 @@ class MadeStudy {
       t.model = models[i];
       t.num_layers = 10;
       t.captured_layers = {0, 9};
+      t.prefill_tokens = 100;
+      t.decode_tokens = 64;
       study.traces.push_back(t);
     }
   }

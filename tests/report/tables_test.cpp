@@ -74,7 +74,7 @@ TEST_CASE("a layer that one method keeps dense is left out for all") {
   CHECK(labels_of(table.lines) == Labels{"quest", "oracle_topk"});
   CHECK(table.lines[1].metrics.at("mass_kept").mean == doctest::Approx(0.5));
   CHECK(table.lines[0].realised_head == 0.5);
-  CHECK(table.lines[0].realised_head_all == doctest::Approx((0.5 * 8 + 2) / 10));
+  CHECK(table.lines[0].realised_head_all.value() == doctest::Approx((0.5 * 8 + 2) / 10));
   CHECK(holds(table.notes.at(0), "layers 0 are kept dense"));
 }
 
@@ -96,10 +96,96 @@ TEST_CASE("seeds are pooled, cells that act alike are one line") {
   CHECK(tables[0].lines[0].metrics.at("mass_kept").mean == doctest::Approx(0.5));
   CHECK(labels_of(tables[1].lines) == Labels{"snapkv"});
   CHECK(tables[1].lines.at(0).cells == std::vector<int>{2});
-  CHECK(labels_of(tables[2].lines) ==
-        Labels{"snapkv → quest(page_size=16) [evict density 0.2]", "snapkv → quest(page_size=32) [evict density 0.2]"});
+  CHECK(labels_of(tables[2].lines) == Labels{"snapkv → quest(page_size=16)", "snapkv → quest(page_size=32)"});
   made.study.rows[0].marks = {"stochastic"};
   CHECK(holds(to_markdown(made.study, tabulate(made.study)), "fewer than 5 seeds"));
+}
+
+TEST_CASE("the worst head and the tail of a method with seeds are of its means, not of its unluckiest draw") {
+  MadeStudy made("budget.density = 0.2\nrun.seed = [0, 1]\n[[strategy]]\nselect = \"random\"");
+  made.add_both(0, kPrefill, 0);
+  made.add_both(1, kPrefill, 0);
+  for (Row& row : made.study.rows)
+    row.metrics["mass_kept"] = constant("mass_kept", row.cell == 0 ? std::vector{0.4f, 0.6f} : std::vector{0.6f, 0.5f});
+  const PooledMetric mass = tabulate(made.study).at(0).lines.at(0).metrics.at("mass_kept");
+  CHECK(mass.mean == doctest::Approx(0.525));
+  CHECK(mass.worst_head == doctest::Approx(0.5));  // head 0; the worst draw of any is 0.4
+  CHECK(mass.worst_head_index == 0);
+  CHECK(mass.p1 == doctest::Approx(0.45).epsilon(0.01));  // 0.4 in one run, 0.5 in the other, to a bin
+  CHECK(mass.queries == 64);
+}
+
+TEST_CASE("a share is of a layer by pairs, then of the layers, whichever trace captured which") {
+  MadeStudy made("budget.density = 0.2\n[[strategy]]\nselect = \"block_topk\"", {"m", "m"});
+  made.study.traces[1].prefill_tokens = 200;
+  const auto share = [&](int layer, std::size_t trace, double realised) {
+    Row& row = made.add(0, kPrefill, layer, 0.5f, trace);
+    row.realised_head = row.realised_union = row.target_share = row.read_share = realised;
+  };
+  share(0, 0, 0.2);
+  share(0, 1, 0.4);
+  share(9, 0, 0.6);
+  const double first = (0.2 * 5050 + 0.4 * 20100) / (5050 + 20100);
+  const Line line = tabulate(made.study).at(0).lines.at(0);
+  for (const double found : {line.realised_head, line.realised_union, *line.target, line.read_share,
+                             *line.realised_head_all, *line.realised_union_all})
+    CHECK(found == doctest::Approx((first + 0.6) / 2));
+}
+
+TEST_CASE("the share of the whole model counts sliding-window layers at their window") {
+  MadeStudy made("budget.density = 0.2\n[[strategy]]\nselect = { name = \"quest\", dense_layers = [3] }");
+  made.study.traces[0].sliding_window = {{0, 16}};
+  made.study.traces[0].mixed_layers = true;
+  made.add(0, kDecode, 0, 1.f).marks = {"sliding-window"};
+  made.add(0, kDecode, 9, 0.6f);
+  // 64 queries after 100 tokens; of 10 layers 5 are taken to have the window, 1 is dense.
+  const double full = (164 * 165 - 100 * 101) / 2, window = 64 * 16;
+  const auto line = [&] { return tabulate(made.study).at(0).lines.at(0); };
+  CHECK(line().realised_head == 0.5);
+  CHECK(line().realised_head_all.value() ==
+        doctest::Approx((4 * 0.5 * full + full + 5 * window) / (5 * full + 5 * window)));
+  SUBCASE("evict: the tokens before the cut that a window holds") {
+    MadeStudy evicted("budget.density = 0.2\n[[strategy]]\nevict = \"snapkv\"");
+    evicted.study.traces[0].sliding_window = {{0, 16}};
+    evicted.add(0, kEvict, 9, 0.6f).cut = 80;
+    CHECK(tabulate(evicted.study).at(0).lines.at(0).realised_head_all.value() ==
+          doctest::Approx((0.5 * 80 + 16) / (80 + 16)));
+  }
+  SUBCASE("unknown where only one of two kinds was captured") {
+    made.study.traces[0].sliding_window.clear();
+    CHECK_FALSE(line().realised_head_all);
+    const Json json = to_json(made.study, tabulate(made.study));
+    CHECK(json["tables"][0]["lines"][0]["realised"]["all_layers"]["head"].is_null());
+    CHECK(json["tables"][0]["lines"][0]["realised"]["sparse_layers"]["head"] == 0.5);
+  }
+}
+
+TEST_CASE("selections from what an eviction left stand apart from those of one role") {
+  MadeStudy made(
+      "budget.density = 0.2\n[[strategy]]\nselect = [\"dense\", \"quest\"]\n"
+      "[[strategy]]\nevict = { name = \"snapkv\", density = [0.2, 0.5] }\nselect = \"quest\"\n"
+      "[[strategy]]\nevict = \"h2o\"\nselect = \"magicpig\"");
+  REQUIRE(made.study.scenario.cells.size() == 5);
+  for (int cell = 0; cell < 5; ++cell) {
+    made.add_both(cell, kDecode, 0.5f);
+    for (std::size_t i = made.study.rows.size() - 2; i < made.study.rows.size(); ++i)
+      made.study.rows[i].read_share = cell == 3 ? 0.1 : 0.2;
+  }
+  const auto tables = tabulate(made.study);
+  REQUIRE(tables.size() == 4);
+  const Labels titles = {"density 0.2", "evict density 0.2 × density 0.2", "evict density 0.5 × density 0.2",
+                         "evict density 0.2 × own budget"};
+  const std::vector<Labels> lines = {
+      {"dense", "quest"}, {"dense", "snapkv → quest"}, {"dense", "snapkv → quest"}, {"dense", "h2o → magicpig"}};
+  for (std::size_t t = 0; t < 4; ++t) {
+    CHECK(tables[t].budget == titles[t]);
+    CHECK(tables[t].compound == (t > 0));
+    CHECK(labels_of(tables[t].lines) == lines[t]);
+  }
+  CHECK(tables[2].lines[1].read_share == doctest::Approx(0.1));
+  const std::string text = to_markdown(made.study, tables);
+  CHECK(holds(text, "## decode, evict density 0.5 × density 0.2 (m)"));
+  CHECK(holds(text, "read % is the product"));
 }
 
 TEST_CASE("methods without a budget stand apart") {

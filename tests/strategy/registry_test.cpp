@@ -73,6 +73,9 @@ TEST_CASE("a sound library: names, roles, ids") {
     CHECK(type->id() == lacuna::library_id(plugin("sample")));
     CHECK(type->library() == fs::canonical(plugin("sample")).string());
   }
+  CHECK(registry.find("fixed").always_dense());  // whatever its dense point looks like as text
+  CHECK_FALSE(registry.find("echo").always_dense());
+  CHECK_FALSE(registry.find("keeper").always_dense());
   CHECK(registry.find("echo").presets() == Names{"far", "wide"});
 }
 

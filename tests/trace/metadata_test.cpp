@@ -37,6 +37,7 @@ TEST_CASE("metadata: a whole trace is read") {
   CHECK(info.provenance == std::map<std::string, std::string>{{"context_id", "genesis"}, {"shared_prefix", "5"}});
   CHECK(info.segment("answer")->begin == 6);
   CHECK_FALSE(info.segment("question").has_value());
+  CHECK(info.mixed_layers);
   CHECK(info.rope.at(1).theta == 10000);  // a layer with a window uses sliding_attention
   CHECK(info.rope.at(1).type == "default");
   CHECK(info.rope.at(3).theta == 1000000);

@@ -74,6 +74,14 @@ void check_same_blocks(const Metric& metric, const std::vector<const LayerStats*
 
 }  // namespace
 
+LayerStats pool_runs(const Metric& metric, const std::vector<const LayerStats*>& runs) {
+  check_same_blocks(metric, runs);
+  LayerStats out = *runs.front();
+  for (std::size_t r = 1; r < runs.size(); ++r)
+    for (std::size_t i = 0; i < out.cells.size(); ++i) out.cells[i].merge(runs[r]->cells[i]);
+  return out;
+}
+
 i64 resample_length(i64 blocks) { return static_cast<i64>(std::ceil(std::cbrt(static_cast<double>(blocks)) - 1e-9)); }
 
 Interval moving_block_interval(const std::vector<std::vector<double>>& sum,

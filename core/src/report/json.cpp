@@ -149,21 +149,22 @@ Json line_of(const Line& line) {
                            {"undefined", m.undefined},
                            {"note", m.note}};
   }
-  return {{"label", line.label},
-          {"cells", line.cells},
-          {"seeds", line.seeds},
-          {"layers", line.layers},
-          {"metrics", values},
-          {"target", optional(line.target)},
-          {"realised",
-           {{"sparse_layers", {{"head", line.realised_head}, {"union", line.realised_union}}},
-            {"all_layers", {{"head", line.realised_head_all}, {"union", line.realised_union_all}}}}},
-          {"read_share", line.read_share},
-          {"index_share", optional(line.index_share)},
-          {"pages_share", optional(line.pages_share)},
-          {"touched_share", optional(line.touched_share)},
-          {"marks", line.marks},
-          {"left_out", line.left_out.empty() ? Json() : Json(line.left_out)}};
+  return {
+      {"label", line.label},
+      {"cells", line.cells},
+      {"seeds", line.seeds},
+      {"layers", line.layers},
+      {"metrics", values},
+      {"target", optional(line.target)},
+      {"realised",
+       {{"sparse_layers", {{"head", line.realised_head}, {"union", line.realised_union}}},
+        {"all_layers", {{"head", optional(line.realised_head_all)}, {"union", optional(line.realised_union_all)}}}}},
+      {"read_share", line.read_share},
+      {"index_share", optional(line.index_share)},
+      {"pages_share", optional(line.pages_share)},
+      {"touched_share", optional(line.touched_share)},
+      {"marks", line.marks},
+      {"left_out", line.left_out.empty() ? Json() : Json(line.left_out)}};
 }
 
 Json table_of(const Table& t) {
@@ -175,6 +176,7 @@ Json table_of(const Table& t) {
           {"cut", t.cut.empty() ? Json() : Json(t.cut)},
           {"budget", t.budget},
           {"density", optional(t.density)},
+          {"compound", t.compound},
           {"traces", t.traces},
           {"layers", t.layers},
           {"queries", t.queries},

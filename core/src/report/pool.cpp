@@ -3,40 +3,50 @@
 #include <fmt/format.h>
 
 #include <algorithm>
-#include <cmath>
+#include <map>
 #include <set>
+
+#include "report/shares.hpp"
 
 namespace lacuna {
 namespace {
 
-bool is_sparse(const Row& row) { return !row.marked("dense-layer") && !row.marked("sliding-window"); }
-
 bool is_worse(const Metric& metric, double a, double b) { return metric.better == Better::up ? a < b : a > b; }
 
-/// The rows of one trace, in the order of seeds and layers, that hold the metric.
+std::uint64_t seed_of(const StudyResult& study, const Row& row) {
+  return row.cell < 0 ? 0 : study.scenario.cells[static_cast<std::size_t>(row.cell)].seed;
+}
+
+/// Seeds first: a head's statistics are those over all its seeds, so that its worst is no luck of a single draw, and
+/// the tail is the tail of a run, averaged over the runs.
 PooledMetric pool_metric(const StudyResult& study, const Metric& metric, const std::vector<const Row*>& rows) {
   PooledMetric out;
   std::vector<TraceMean> means;
-  BlockStats samples;
+  std::map<std::uint64_t, BlockStats> samples;
   double answers = 0;
   int answered = 0;
   for (const TraceFacts& trace : study.traces) {
-    std::vector<const LayerStats*> layers;
-    std::vector<const Row*> used;
+    std::map<int, std::vector<const LayerStats*>> runs;
     for (const Row* row : rows) {
       const auto found = row->metrics.find(metric.name);
       if (row->trace_id != trace.id || found == row->metrics.end()) continue;
-      layers.push_back(&found->second);
-      used.push_back(row);
+      runs[row->layer].push_back(&found->second);
+      for (const BlockStats& block : found->second.cells) samples[seed_of(study, *row)].merge(block);
     }
-    if (layers.empty()) continue;
+    if (runs.empty()) continue;
+    std::vector<int> numbers;
+    std::vector<LayerStats> pooled;
+    for (const auto& [layer, of_layer] : runs) {
+      numbers.push_back(layer);
+      pooled.push_back(pool_runs(metric, of_layer));
+    }
+    std::vector<const LayerStats*> layers;
+    for (const LayerStats& layer : pooled) layers.push_back(&layer);
     const Summary s = summarize(metric, layers);
-    for (const LayerStats* layer : layers)
-      for (const BlockStats& block : layer->cells) samples.merge(block);
     if (means.empty() || is_worse(metric, s.worst_head, out.worst_head)) {
       out.worst_head = s.worst_head;
       out.worst_trace = trace.file;
-      out.worst_layer = used[static_cast<std::size_t>(s.worst_layer_index)]->layer;
+      out.worst_layer = numbers[static_cast<std::size_t>(s.worst_layer_index)];
       out.worst_head_index = s.worst_head_index;
     }
     if (s.answer_mean) answers += *s.answer_mean, ++answered;
@@ -48,7 +58,10 @@ PooledMetric pool_metric(const StudyResult& study, const Metric& metric, const s
     means.push_back({s.mean, trace.context});
   }
   if (answered > 0) out.answer_mean = answers / answered;
-  out.p1 = samples.quantile(metric.better == Better::up ? 0.01 : 0.99, metric.scale);
+  double tails = 0;
+  for (const auto& [seed, run] : samples)
+    tails += run.quantile(metric.better == Better::up ? 0.01 : 0.99, metric.scale);
+  out.p1 = tails / static_cast<double>(samples.size());
   const TracesSummary pooled = pool_traces(means);
   out.mean = pooled.mean;
   if (means.size() > 1) {
@@ -58,45 +71,8 @@ PooledMetric pool_metric(const StudyResult& study, const Metric& metric, const s
   return out;
 }
 
-double ratio(double part, double whole) { return whole > 0 ? part / whole : std::nan(""); }
-
 std::optional<double> share(double part, double whole) {
   return whole > 0 ? std::optional(part / whole) : std::nullopt;
-}
-
-/// Shares over the sparse layers, and with the model's dense ones at 1.
-void fill_shares(const StudyResult& study, const MethodRows& method, Line& line) {
-  double head = 0, shared = 0, target = 0, read = 0;
-  int sparse = 0, targets = 0;
-  for (const Row* row : method.rows) {
-    read += row->read_share;
-    if (!is_sparse(*row)) continue;
-    head += row->realised_head;
-    shared += row->realised_union;
-    ++sparse;
-    if (row->target_share > 0) target += row->target_share, ++targets;
-  }
-  line.read_share = ratio(read, static_cast<double>(method.rows.size()));
-  if (targets > 0) line.target = target / targets;
-  if (sparse > 0) {
-    line.realised_head = head / sparse;
-    line.realised_union = shared / sparse;
-  }
-  const Row& first = *method.rows.front();
-  const Cell& cell = study.scenario.cells[static_cast<std::size_t>(first.cell)];
-  const Resolved* role = budget_role(cell, first.phase);
-  line.selects = cell.select.has_value();
-  const auto facts = std::find_if(study.traces.begin(), study.traces.end(),
-                                  [&](const TraceFacts& t) { return t.id == first.trace_id; });
-  const double layers = facts == study.traces.end() ? 0 : facts->num_layers;
-  double dense = 0;
-  if (role)
-    for (const int layer : role->dense_layers()) dense += layer < layers;
-  const auto over_all = [&](double realised) {
-    return layers > 0 ? (realised * (layers - dense) + dense) / layers : realised;
-  };
-  line.realised_head_all = over_all(line.realised_head);
-  line.realised_union_all = over_all(line.realised_union);
 }
 
 }  // namespace

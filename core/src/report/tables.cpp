@@ -22,27 +22,44 @@ struct TableKey {
   std::string cut;
   BudgetSpec::Kind kind;
   double value;
+  bool compound = false;  // decode: selects from what an eviction left, so that the budgets multiply
+  BudgetSpec::Kind evict_kind = BudgetSpec::Kind::none;
+  double evict_value = 0;
 
-  auto order() const { return std::tuple(kind == BudgetSpec::Kind::none, kind, value); }
+  auto order() const {
+    return std::tuple(kind == BudgetSpec::Kind::none, kind, value, compound, evict_kind == BudgetSpec::Kind::none,
+                      evict_kind, evict_value);
+  }
   bool operator==(const TableKey&) const = default;
 };
 
-/// Dense whatever its parameters: stands in every table.
-bool is_baseline(const Cell& cell, ReplayPhase phase) {
-  if (phase == ReplayPhase::decode && cell.select && cell.evict) return false;
-  const Resolved* role = budget_role(cell, phase);
-  return role && !cell.allocate && !role->type->entry().takes_budget &&
-         role->type->entry().dense_point == std::string("{}");
+/// "density 0.2", or "evict density 0.5 × density 0.2" where an eviction comes first.
+std::string title_of(const TableKey& key) {
+  const auto text = [](BudgetSpec::Kind kind, double value) {
+    const std::string budget = budget_text({kind, value, false});
+    return budget.empty() ? std::string(kOwnBudget) : budget;
+  };
+  const std::string own = text(key.kind, key.value);
+  return key.compound ? fmt::format("evict {} × {}", text(key.evict_kind, key.evict_value), own) : own;
 }
 
-/// Budgets that the table's title does not say: of bases, and of an eviction before a selection.
+bool is_compound(const Cell& cell, ReplayPhase phase) {
+  return phase == ReplayPhase::decode && cell.select && cell.evict;
+}
+
+/// Dense whatever its parameters: stands in every table.
+bool is_baseline(const Cell& cell, ReplayPhase phase) {
+  if (is_compound(cell, phase)) return false;
+  const Resolved* role = budget_role(cell, phase);
+  return role && !cell.allocate && role->type->always_dense();
+}
+
+/// Budgets that the table's title does not say: those of bases.
 std::string hidden_budgets(const Cell& cell, ReplayPhase phase) {
   std::vector<std::string> out;
   const Resolved* role = budget_role(cell, phase);
   for (const Resolved* r = role ? role->base.get() : nullptr; r; r = r->base.get())
     if (const std::string text = budget_text(r->budget); !text.empty()) out.push_back("base " + text);
-  if (phase == ReplayPhase::decode && cell.evict && role != &*cell.evict)
-    if (const std::string text = budget_text(cell.evict->budget); !text.empty()) out.push_back("evict " + text);
   return out.empty() ? "" : fmt::format(" [{}]", fmt::join(out, ", "));
 }
 
@@ -91,7 +108,12 @@ class Tabulator {
     const BudgetSpec budget = role ? role->budget : BudgetSpec{};
     const std::string cut = row.phase == ReplayPhase::evict ? cut_parameter(cell) : "";
     if (!cut.empty() && std::find(cuts_.begin(), cuts_.end(), cut) == cuts_.end()) cuts_.push_back(cut);
-    const TableKey key{row.model, row.phase, cut, budget.kind, budget.value};
+    TableKey key{row.model, row.phase, cut, budget.kind, budget.value};
+    if (is_compound(cell, row.phase)) {
+      key.compound = true;
+      key.evict_kind = cell.evict->budget.kind;
+      key.evict_value = cell.evict->budget.value;
+    }
     auto group = std::find_if(groups_.begin(), groups_.end(), [&](const Group& g) { return g.key == key; });
     if (group == groups_.end()) group = groups_.insert(group, {key, {}});
     const Json settings = acting_roles(cell, row.phase);
@@ -118,13 +140,12 @@ class Tabulator {
   void share_baselines() {
     std::vector<Group> own;
     for (const Group& g : groups_)
-      if (g.key.kind == BudgetSpec::Kind::none) own.push_back(g);
+      if (g.key.kind == BudgetSpec::Kind::none && !g.key.compound) own.push_back(g);
     for (const Group& from : own) {
       bool elsewhere = false;
       for (Group& to : groups_) {
         const TableKey &a = from.key, &b = to.key;
-        if (b.kind == BudgetSpec::Kind::none || std::tie(a.model, a.phase, a.cut) != std::tie(b.model, b.phase, b.cut))
-          continue;
+        if (a == b || std::tie(a.model, a.phase, a.cut) != std::tie(b.model, b.phase, b.cut)) continue;
         elsewhere = true;
         for (const Method& m : from.methods)
           if (m.baseline) to.methods.push_back(m);
@@ -140,8 +161,8 @@ class Tabulator {
     table.model = group.key.model;
     table.phase = group.key.phase;
     table.cut = group.key.cut;
-    const std::string budget = budget_text({group.key.kind, group.key.value, false});
-    table.budget = budget.empty() ? kOwnBudget : budget;
+    table.budget = title_of(group.key);
+    table.compound = group.key.compound;
     if (group.key.kind == BudgetSpec::Kind::density) table.density = group.key.value;
     for (const TraceFacts& t : study_.traces)
       if (t.model == table.model) table.traces.push_back(t.file);
@@ -254,6 +275,10 @@ class Tabulator {
     if (!few.empty())
       table.notes.push_back(fmt::format("fewer than {} seeds, so that luck of the draw is not averaged out: {}",
                                         kLeastSeeds, fmt::join(few, ", ")));
+    if (table.compound)
+      table.notes.push_back(
+          "the second budget is of what the eviction left: read % is the product, of dense attention's pairs. Compare "
+          "with a method of one role at that read %, not at one of the two budgets");
     if (table.phase == ReplayPhase::prefill)
       table.notes.push_back(
           "replay's blind spot: layer l + 1 still sees the dense K/V of the trace, so errors do not add up over "
@@ -291,6 +316,9 @@ TraceFacts facts_of(const Trace& trace) {
   out.num_kv_heads = info.num_kv_heads;
   out.head_dim = info.head_dim;
   out.captured_layers = info.captured_layers;
+  for (const auto& [layer, window] : info.sliding_window)
+    if (window > 0) out.sliding_window[layer] = window;
+  out.mixed_layers = info.mixed_layers;
   out.prefill_tokens = info.prefill_tokens;
   out.decode_tokens = info.decode_tokens;
   return out;

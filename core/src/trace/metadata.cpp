@@ -140,9 +140,10 @@ RopeConfig parse_rope(const json& object, const Fields& fields) {
   return c;
 }
 
-std::map<int, RopeConfig> parse_ropes(Fields& fields, const TraceInfo& info) {
+std::map<int, RopeConfig> parse_ropes(Fields& fields, TraceInfo& info) {
   const json object = fields.object("rope");
   const bool by_kind = object.contains("full_attention") || object.contains("sliding_attention");
+  info.mixed_layers = object.contains("full_attention") && object.contains("sliding_attention");
   std::map<int, RopeConfig> out;
   for (const int layer : info.captured_layers) {
     const char* kind = info.sliding_window.at(layer) > 0 ? "sliding_attention" : "full_attention";

@@ -134,6 +134,7 @@ struct Fixed : Strategy {
   static void schema(Schema<Params>& s) { s.knob("tables", &Params::tables, "how many", "1.."); }
   static Info info() {
     Info i = named("fixed", kDecode);
+    i.dense_point = "{ }";
     i.takes_budget = 0;
     return i;
   }

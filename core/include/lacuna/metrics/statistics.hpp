@@ -65,6 +65,10 @@ struct LayerStats {
 
 LayerStats collect(const Metric& metric, const Samples& samples, const BlockLayout& layout);
 
+/// Runs of one layer that differ in their seeds alone, as one: each head's and block's samples of all of them. Throws
+/// Error when there is none, or their blocks differ.
+LayerStats pool_runs(const Metric& metric, const std::vector<const LayerStats*>& runs);
+
 struct Interval {
   double lo = 0, hi = 0;
 };

@@ -2,6 +2,7 @@
 #pragma once
 
 #include <cstdint>
+#include <map>
 #include <string>
 #include <vector>
 
@@ -21,6 +22,8 @@ struct TraceFacts {
   std::string context;          // traces with the same one share a context; may be empty
   int num_layers = 0, num_qo_heads = 0, num_kv_heads = 0, head_dim = 0;
   std::vector<int> captured_layers;
+  std::map<int, std::int64_t> sliding_window;  // of the captured layers that have one
+  bool mixed_layers = false;                   // TraceInfo::mixed_layers
   std::int64_t prefill_tokens = 0, decode_tokens = 0;
 };
 TraceFacts facts_of(const Trace& trace);

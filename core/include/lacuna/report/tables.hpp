@@ -1,4 +1,5 @@
-// Rows pooled into comparison tables: one per model, phase, cut and budget.
+// Rows pooled into comparison tables: one per model, phase, cut and budget; in decode, cells that evict and then
+// select have tables of their own, one per pair of budgets.
 #pragma once
 
 #include <map>
@@ -13,7 +14,9 @@ namespace lacuna {
 
 /// One metric of one line: over layers and seeds within a trace (fixed effects), then over the model's traces.
 struct PooledMetric {
-  double mean = 0, p1 = 0, worst_head = 0;
+  double mean = 0;
+  double p1 = 0;            // of each seed's samples, then the mean over seeds
+  double worst_head = 0;    // of the heads' means over seeds
   std::string worst_trace;  // where the worst head is
   int worst_layer = 0, worst_head_index = -1;
   std::optional<double> answer_mean;
@@ -30,10 +33,13 @@ struct Line {
   std::vector<int> layers;           // that were pooled, of every trace
   std::map<std::string, PooledMetric> metrics;
   std::optional<double> target;  // the share asked for, from the rows
-  /// Share of the pairs (evict: of the tokens before the cut) over the captured layers that are sparse, and over all
-  /// layers of the model with the dense ones at 1 (layers not captured are taken to be like those that are;
-  /// sliding-window layers are in neither).
-  double realised_head = 1, realised_union = 1, realised_head_all = 1, realised_union_all = 1;
+  /// Share of the pairs (evict: of the tokens before the cut) over the captured layers that are sparse: of a layer over
+  /// its seeds and traces by their pairs, then the mean of the layers, which in a model have equal pairs.
+  double realised_head = 1, realised_union = 1;
+  /// The same over all layers of the model: the dense ones at 1, sliding-window layers at the pairs of their window.
+  /// Layers not captured are taken to be like those that are; none where the model mixes kinds of which one alone was
+  /// captured.
+  std::optional<double> realised_head_all, realised_union_all;
   bool selects = false;                                           // has a select role
   double read_share = 1;                                          // of the pairs that dense attention reads
   std::optional<double> index_share, pages_share, touched_share;  // of dense K + V bytes; of what `dense` fetched
@@ -45,8 +51,9 @@ struct Table {
   std::string model;
   ReplayPhase phase = ReplayPhase::prefill;
   std::string cut;     // evict
-  std::string budget;  // "density 0.2", "tokens 256", "own budget"
+  std::string budget;  // "density 0.2", "tokens 256", "own budget", "evict density 0.5 × density 0.2"
   std::optional<double> density;
+  bool compound = false;  // decode: selections from what an eviction left; `density` is of that
   std::vector<std::string> traces;
   std::vector<int> layers;              // compared, the same for every method
   std::map<std::string, double> noise;  // mean distance from the exact dense value by metric; empty without one
@@ -60,8 +67,9 @@ struct Table {
 /// What a metric is where attention is exactly dense: 1 for mass_kept and output_cosine, else 0.
 double dense_value(const std::string& metric);
 
-/// Tables in the order of models, phases, cuts and budgets (densities ascending, other budgets, own budgets last).
-/// Failed rows are in none. A layer that one method keeps dense is left out for all methods of a table.
+/// Tables in the order of models, phases, cuts and budgets (densities ascending, other budgets, own budgets last; after
+/// each the pairs of budgets that end in it). Failed rows are in none. A layer that one method keeps dense is left out
+/// for all methods of a table.
 std::vector<Table> tabulate(const StudyResult& study);
 
 }  // namespace lacuna

@@ -24,6 +24,7 @@ struct TraceInfo {
   std::map<int, float> softmax_scale;      // by captured layer
   std::map<int, sdk::i64> sliding_window;  // by captured layer; 0: none (a trace in memory may leave layers out)
   std::map<int, RopeConfig> rope;          // by captured layer; a trace in memory may leave out default ones
+  bool mixed_layers = false;               // the model has layers of both kinds, full and with a sliding window
   bool rope_applied = true;
   sdk::i64 prefill_tokens = 0, decode_tokens = 0;
   std::vector<Segment> segments;
