@@ -10,20 +10,10 @@
 //
 // Only counts are decided here: a head then takes its own best. Ties go to the lower head, then to the lower position.
 #include <lacuna/sdk.hpp>
+#include <lacuna/sdk/compete.hpp>
 
 namespace {
 using namespace lacuna::sdk;
-
-constexpr u32 kInfinity = 0x7f800000u;
-
-/// Which units rank before all others.
-struct Forced {
-  i64 unit, sinks, recent;
-
-  LACUNA_HD bool holds(i64 u, i64 length, float value) const {
-    return value == float_of_bits(kInfinity) || u * unit < sinks || (u + 1) * unit > length - recent;
-  }
-};
 
 struct Ada : Strategy {
   struct Params {
@@ -59,10 +49,10 @@ struct Ada : Strategy {
     const Paged kv = c.kv();
     const i32 heads_kv = c.layer().num_kv_heads, count = static_cast<i32>(rows.count());
     const i64 heads = rows.heads, units = scores->units, unit = scores->unit_tokens, stride = scores->stride;
-    const Forced is_forced{unit, b.sinks, b.recent};
+    const ForcedUnits is_forced{unit, b.sinks, b.recent};
     const bool outside = params.forced == "outside", blend = params.floor_mode == "blend";
     const double share = params.floor;
-    const float first = float_of_bits(kInfinity);
+    const float first = INFINITY;
     const float* value = scores->value;
     i64 *tokens = b.tokens, *pairs = b.pairs;
 
@@ -79,12 +69,12 @@ struct Ada : Strategy {
       if (u * unit >= length)
         ranked[i] = -first;
       else
-        ranked[i] = !is_forced.holds(u, length, v) ? v : outside ? -first : first;
+        ranked[i] = !is_forced.hold(u, length, v) ? v : outside ? -first : first;
     });
     c.for_each(count, [=] LACUNA_HD(i64 row) {
       const i64 length = kv.length[rows.kv_row(row, heads_kv)], target = tokens[row] / unit;
       i64 beside = 0;
-      for (i64 u = 0; outside && u * unit < length; ++u) beside += is_forced.holds(u, length, value[row * stride + u]);
+      for (i64 u = 0; outside && u * unit < length; ++u) beside += is_forced.hold(u, length, value[row * stride + u]);
       forced[row] = static_cast<i32>(beside < target ? beside : target);
       free[row] = static_cast<i32>(target - forced[row]);
       least[row] = static_cast<i32>(share * free[row] + 1e-9);
@@ -97,25 +87,19 @@ struct Ada : Strategy {
       });
     }
 
-    i32* pool = c.workspace<i32>(rows.seqs);  // one list per sequence, head after head
     i32* wanted = c.workspace<i32>(rows.seqs);
-    i32* chosen = c.workspace<i32>(rows.seqs);
     c.for_each(rows.seqs, [=] LACUNA_HD(i64 seq) {
       for (i64 row = seq * heads; row < (seq + 1) * heads; ++row) wanted[seq] += free[row] - taken[row];
-      pool[seq] = static_cast<i32>(heads * units);
     });
-    c.topk(ranked, rows.seqs, heads * units, pool, wanted, list, chosen, heads * units);
+    compete(c, rows, ranked, units, wanted, list, taken);
 
     c.for_each(rows.seqs, [=] LACUNA_HD(i64 seq) {
       bool all = true;  // whole units could not say that every head keeps all it has
       for (i64 row = seq * heads; row < (seq + 1) * heads; ++row)
         all = all && tokens[row] >= kv.length[rows.kv_row(row, heads_kv)];
       if (all) return;
-      i64 next = 0, over = 0;
-      for (i64 head = 0; head < heads; ++head) {
-        const i64 row = seq * heads + head, before = next;
-        while (next < chosen[seq] && list[seq * heads * units + next] < (head + 1) * units) ++next;
-        taken[row] += static_cast<i32>(next - before);
+      i64 over = 0;
+      for (i64 row = seq * heads; row < (seq + 1) * heads; ++row) {
         const i64 kept = blend ? static_cast<i64>(rint(taken[row] * (1 - share) + least[row])) : taken[row];
         tokens[row] = kept;
         over += kept - free[row];

@@ -7,24 +7,10 @@
 //     and its logit becomes  q . k * scale - log(w + 1e-4)
 //   sinks, the prompt's last `recent` tokens and every generated token are read exactly.
 #include <lacuna/sdk.hpp>
+#include <lacuna/sdk/simhash.hpp>
 
 namespace {
 using namespace lacuna::sdk;
-
-constexpr i32 kMaxBits = 16;  // a code is a u16; every table stores 16 hyperplanes, so that the loop over them unrolls
-
-/// One vector on one table's hyperplanes.
-struct Projection {
-  float sum[kMaxBits] = {};
-  LACUNA_HD void add(float x, const float* planes) {
-    for (i32 b = 0; b < kMaxBits; ++b) sum[b] += x * planes[b];
-  }
-  LACUNA_HD u16 code(i32 bits) const {
-    u32 code = 0;
-    for (i32 b = 0; b < bits; ++b) code |= (sum[b] > 0.f ? 1u : 0u) << b;
-    return static_cast<u16>(code);
-  }
-};
 
 struct MagicPig : Strategy {
   struct Params {
@@ -60,7 +46,7 @@ struct MagicPig : Strategy {
     p.max_pieces = 0;
     p.weighted = 1;
     p.sides[p.num_sides++] = {"codes", SidePer::token, 1, Dtype::u16, params.tables, 1};
-    p.states[p.num_states++] = {"planes", Dtype::f32, static_cast<i64>(params.tables) * l.head_dim * kMaxBits};
+    p.states[p.num_states++] = {"planes", Dtype::f32, plane_elements(params.tables, l.head_dim)};
     p.states[p.num_states++] = {"centre", Dtype::f32, static_cast<i64>(l.num_kv_heads) * l.head_dim};
     p.states[p.num_states++] = {"fixed", Dtype::i32, 1};
     p.workspace_bytes = rows * (2 * params.tables + 4 * p.max_cached + 4) + 3 * 256;
@@ -68,27 +54,28 @@ struct MagicPig : Strategy {
 
   void index(Context& c, const Dirty& dirty) override {
     const i64 prompt_end = end_of_prompt(c, c.current_queries());
-    fix(c, prompt_end);
-    const auto codes = c.side<u16>("codes");
-    const float *planes = c.state<float>("planes"), *centre = c.state<float>("centre");
     const Paged kv = c.kv();
-    const i32 kv_heads = c.layer().num_kv_heads, bits = params.bits;
+    const SimHashPlanes planes = planes_of(c);
+    draw(c, planes, c.call().num_seqs);
+    fix_centre(c, prompt_end);
+    const auto codes = c.side<u16>("codes");
+    const float* centre = c.state<float>("centre");
+    const i32 kv_heads = c.layer().num_kv_heads;
     const i64 d = kv.head_dim, tables = params.tables, units = dirty.max_units;
     c.for_each(dirty.rows * units * tables, [=] LACUNA_HD(i64 i) {
       const i64 table = i % tables, row = i / tables / units, slot = dirty.begin[row] + i / tables % units;
       if (slot >= dirty.end[row] || kv.position_of(row, slot) >= prompt_end) return;  // generated: never looked up
-      const float* plane = planes + (row / kv_heads * tables + table) * d * kMaxBits;
-      Projection x;
-      for (i64 e = 0; e < d; ++e) x.add(kv.key(row, slot, e) - centre[row * d + e], plane + e * kMaxBits);
-      codes.at(row, slot, table) = x.code(bits);
+      codes.at(row, slot, table) =
+          planes.code(row / kv_heads, table, [=](i64 e) { return kv.key(row, slot, e) - centre[row * d + e]; });
     });
     const double keys = static_cast<double>(dirty.rows) * static_cast<double>(units);
-    c.charge(keys * (size_of(kv.dtype) * d + 2.0 * tables), 2.0 * keys * tables * bits * d);
+    c.charge(keys * (size_of(kv.dtype) * d + 2.0 * tables), 2.0 * keys * tables * params.bits * d);
   }
 
   void mark(Context& c, const Budget&, Selection& s) override {
     const auto codes = c.side<u16>("codes");
-    const float *planes = c.state<float>("planes"), *centre = c.state<float>("centre");
+    const SimHashPlanes planes = planes_of(c);
+    const float* centre = c.state<float>("centre");
     const Queries q = c.current_queries();
     const Paged kv = c.kv();
     const Selection out = s;
@@ -100,10 +87,7 @@ struct MagicPig : Strategy {
     i32* end = c.workspace<i32>(rows.count());  // of the middle tokens
     c.for_each(rows.count() * tables, [=] LACUNA_HD(i64 i) {
       const i64 seq = rows.seq_of(i / tables), head = rows.head_of(i / tables);
-      const float* plane = planes + (seq * tables + i % tables) * d * kMaxBits;
-      Projection x;
-      for (i64 e = 0; e < d; ++e) x.add(q.at(seq, head, 0, e), plane + e * kMaxBits);
-      wanted[i] = x.code(bits);
+      wanted[i] = planes.code(seq, i % tables, [=](i64 e) { return q.at(seq, head, 0, e); });
     });
     c.for_each(rows.count(), [=] LACUNA_HD(i64 row) {
       const i64 kv_row = rows.kv_row(row, kv_heads);
@@ -115,9 +99,7 @@ struct MagicPig : Strategy {
     c.for_each(rows.count() * slots, [=] LACUNA_HD(i64 i) {
       const i64 row = i / slots, slot = i % slots;
       if (slot >= end[row]) return;
-      const u16 *a = wanted + row * tables, *b = &codes.at(rows.kv_row(row, kv_heads), slot);
-      i32 hits = 0;
-      for (i64 t = 0; t < tables; ++t) hits += a[t] == b[t];
+      const i32 hits = equal_words(wanted + row * tables, &codes.at(rows.kv_row(row, kv_heads), slot), tables);
       sampled[i] = slot >= sinks && hits >= 2 ? 1.f : -INFINITY;
     });
     c.topk(sampled, static_cast<i32>(rows.count()), slots, end, end, out.tokens, out.token_count, out.token_capacity);
@@ -145,20 +127,17 @@ struct MagicPig : Strategy {
     return q.first_position + (c.call().step < 0 ? q.count : -c.call().step);
   }
 
-  /// Draws the hyperplanes and fixes the centre on the first call, for good.
-  void fix(Context& c, i64 prompt_end) {
-    float *planes = c.state<float>("planes"), *centre = c.state<float>("centre");
+  SimHashPlanes planes_of(Context& c) const {
+    return {c.state<float>("planes"), params.tables, c.layer().head_dim, params.bits};
+  }
+
+  /// Fixes the centre on the first call with keys, for good.
+  void fix_centre(Context& c, i64 prompt_end) const {
+    float* centre = c.state<float>("centre");
     i32* fixed = c.state<i32>("fixed");
     const Paged kv = c.kv();
-    Random random = c.random();
-    random.step = 0;  // the planes depend on seed and layer, not on when they are drawn
-    const i32 kv_heads = c.layer().num_kv_heads, bits = params.bits, recent = params.recent, sinks = params.sinks;
-    const i64 d = kv.head_dim, tables = params.tables, seqs = kv.rows / kv_heads;
-    c.for_each(seqs * tables * d, [=] LACUNA_HD(i64 i) {
-      if (fixed[i / d / tables]) return;
-      const u64 first = static_cast<u64>(i / d % tables * kMaxBits), channel = static_cast<u64>(i % d);
-      for (i32 b = 0; b < bits; ++b) planes[i * kMaxBits + b] = random.normal(first + static_cast<u64>(b), channel);
-    });
+    const i32 kv_heads = c.layer().num_kv_heads, recent = params.recent, sinks = params.sinks;
+    const i64 d = kv.head_dim, seqs = kv.rows / kv_heads;
     c.for_each(kv.rows * d, [=] LACUNA_HD(i64 i) {
       const i64 row = i / d, end = kv.visible(row, prompt_end - 1) - recent;
       if (fixed[row / kv_heads]) return;

@@ -1,11 +1,12 @@
 // Twilight (Lin et al. 2025, "Twilight: adaptive attention sparsity with hierarchical top-p pruning", arXiv 2502.02770)
 //
-//   per token and KV head, 4-bit codes of the key: k~_d = min + scale * code_d,  scale = (max - min) / 15
+//   k~ = the key in 4 bits a channel, min-max per token and KV head                    (side data)
 //   base strategy, at a loose budget, gives a set B per query head (the original: Quest's pages up to 8192 tokens)
 //   p = softmax over B of q . k~ * softmax_scale
 //   final = the smallest part of B, in descending p, whose mass reaches top_p (the crossing token included); with a
 //   budget, at most that many tokens. Attention uses the exact keys.
 #include <lacuna/sdk.hpp>
+#include <lacuna/sdk/four_bit_keys.hpp>
 
 namespace {
 using namespace lacuna::sdk;
@@ -37,42 +38,15 @@ struct Twilight : Strategy {
   void plan(Context& c, Plan& p) override {
     const Layer& l = c.layer();
     p.max_pieces = 0;
-    p.sides[p.num_sides++] = {"codes", SidePer::token, 1, Dtype::u8, (l.head_dim + 1) / 2, 1};
-    p.sides[p.num_sides++] = {"range", SidePer::token, 1, Dtype::f32, 2, 1};
+    FourBitKeys::plan(p, l.head_dim);
     const i64 rows = static_cast<i64>(c.call().num_seqs) * l.num_qo_heads;
     p.workspace_bytes = 4 * rows * (3 * p.max_cached + 5) + 8 * 256;
   }
 
-  void index(Context& c, const Dirty& dirty) override {
-    const auto codes = c.side<u8>("codes");
-    const auto range = c.side<float>("range");
-    const Paged kv = c.kv();
-    const i64 d = kv.head_dim, units = dirty.max_units;
-    c.for_each(dirty.rows * units, [=] LACUNA_HD(i64 i) {
-      const i64 row = i / units, slot = dirty.begin[row] + i % units;
-      if (slot >= dirty.end[row]) return;
-      float lo = kv.key(row, slot, 0), hi = lo;
-      for (i64 e = 1; e < d; ++e) {
-        const float k = kv.key(row, slot, e);
-        lo = k < lo ? k : lo;
-        hi = k > hi ? k : hi;
-      }
-      const float scale = (hi - lo > 1e-9f ? hi - lo : 1e-9f) / 15.f;
-      range.at(row, slot, 0) = lo;
-      range.at(row, slot, 1) = scale;
-      for (i64 e = 0; e < d; ++e) {
-        const u32 code = static_cast<u32>(fminf(15.f, rintf((kv.key(row, slot, e) - lo) / scale)));
-        u8& pair = codes.at(row, slot, e / 2);
-        pair = static_cast<u8>(e % 2 == 0 ? code : pair | code << 4);
-      }
-    });
-    const double keys = static_cast<double>(dirty.rows) * static_cast<double>(units);
-    c.charge(keys * (size_of(kv.dtype) * d + d / 2 + 8.0), 5.0 * keys * d);
-  }
+  void index(Context& c, const Dirty& dirty) override { encode_keys(c, dirty); }
 
   void refine(Context& c, const Budget& b, Selection& s) override {
-    const auto codes = c.side<u8>("codes");
-    const auto range = c.side<float>("range");
+    const FourBitKeys keys(c);
     const Queries q = c.current_queries();
     const Selection out = s;
     const Budget budget = b;
@@ -89,14 +63,10 @@ struct Twilight : Strategy {
       const i64 row = i / stride, n = i % stride, kv_row = rows.kv_row(row, kv_heads);
       if (n >= out.token_count[row]) return;
       const i32 slot = out.tokens[row * out.token_capacity + n];
-      const float lo = range.at(kv_row, slot, 0), scale = range.at(kv_row, slot, 1);
-      float sum = 0.f;
-      for (i64 e = 0; e < d; ++e) {
-        const u32 code = codes.at(kv_row, slot, e / 2) >> (e % 2 * 4) & 15u;
-        sum += q.at(rows.seq_of(row), rows.head_of(row), 0, e) * (lo + scale * static_cast<float>(code));
-      }
+      const float logit =
+          keys.dot(kv_row, slot, d, [=](i64 e) { return q.at(rows.seq_of(row), rows.head_of(row), 0, e); });
       base[i] = slot;
-      mass[i] = sum * softmax_scale;
+      mass[i] = logit * softmax_scale;
     });
     c.for_each(count, [=] LACUNA_HD(i64 row) {
       const i64 most = budget.limited ? budget.tokens[row] : out.token_count[row];
@@ -117,7 +87,7 @@ struct Twilight : Strategy {
     c.for_each(count, [=] LACUNA_HD(i64 row) { out.token_count[row] = size[row]; });
     // At most the whole cache: how many tokens the base chose is known on the device only.
     const double scored = static_cast<double>(count) * static_cast<double>(stride);
-    c.charge(scored / c.layer().group() * (d / 2 + 8.0), 4.0 * scored * d);
+    c.charge(scored / c.layer().group() * FourBitKeys::bytes(d), 4.0 * scored * d);
   }
 };
 }  // namespace

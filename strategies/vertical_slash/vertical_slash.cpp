@@ -12,6 +12,8 @@
 //     the head, stay within the head's target. `columns`, `diagonals` stand instead of a budget.
 #include <algorithm>
 #include <lacuna/sdk.hpp>
+#include <lacuna/sdk/search.hpp>
+#include <lacuna/sdk/slash.hpp>
 
 namespace {
 using namespace lacuna::sdk;
@@ -19,71 +21,6 @@ using namespace lacuna::sdk;
 constexpr i32 kColumns = 1000, kDiagonals = 6096;  // the commonest pair of the published tables
 constexpr i32 kLeastDiagonals = 50;                // the original raises smaller counts to this
 constexpr i32 kProbes = 32;                        // lowering is not monotone in n: look a little past the bisection
-
-/// A tile of queries at slots [begin, end); `tile` rows unless it is the last one.
-struct Tile {
-  i64 begin, end, tile, block;
-  bool aligned;
-
-  /// Cells of the piece [at, at + block) that the tile's queries see.
-  LACUNA_HD i64 pairs(i64 at) const {
-    if (at + block <= begin + 1) return (end - begin) * block;
-    i64 sum = 0;
-    for (i64 q = begin > at ? begin : at; q < end; ++q) sum += q + 1 - at < block ? q + 1 - at : block;
-    return sum;
-  }
-};
-
-/// Ascending lists of a head's columns and offsets; what becomes of them in one tile.
-struct Lowering {
-  const i32 *columns, *diagonals;
-  i32 num_columns, num_diagonals;
-  i32 *pieces, *tokens;  // null: count only
-  i32 num_pieces = 0, num_tokens = 0, next_column = 0;
-  i64 pairs = 0;
-
-  /// Emits the range [a, b) and the columns between it and the range before.
-  LACUNA_HD void close(const Tile& t, i64 a, i64 b) {
-    for (; next_column < num_columns && columns[next_column] < a; ++next_column, ++num_tokens) {
-      if (tokens) tokens[num_tokens] = columns[next_column];
-      pairs += t.end - t.begin;  // below the range of offset 0, so every query of the tile sees it
-    }
-    while (next_column < num_columns && columns[next_column] < b) ++next_column;
-    for (i64 at = a; at < b && at < t.end; at += t.block, ++num_pieces) {
-      if (pieces) pieces[num_pieces] = static_cast<i32>(at);
-      pairs += t.pairs(at);
-    }
-  }
-
-  LACUNA_HD void run(const Tile& t) {
-    const i64 rows_end = t.aligned ? t.end : t.begin + t.tile;  // the original's last tile is padded
-    i64 a = 0, b = -1;
-    for (i32 i = num_diagonals - 1; i >= 0; --i) {
-      const i64 offset = diagonals[i];
-      if (offset >= rows_end) continue;
-      i64 first, last;
-      if (t.aligned) {
-        first = (t.begin > offset ? t.begin - offset : 0) / t.block * t.block;
-        last = ((rows_end - 1 - offset) / t.block + 1) * t.block;
-        if (b >= first) {
-          b = last > b ? last : b;
-          continue;
-        }
-      } else {
-        last = rows_end - offset > t.tile ? rows_end - offset : t.tile;
-        first = last - t.tile;
-        if (b >= first) {
-          if (last > b) b += t.tile;
-          continue;
-        }
-      }
-      if (b >= 0) close(t, a, b);
-      a = first;
-      b = last;
-    }
-    close(t, a, b);
-  }
-};
 
 struct VerticalSlash : Strategy {
   struct Params {
@@ -122,25 +59,22 @@ struct VerticalSlash : Strategy {
     p.q_tile = params.q_tile;
     p.unit_tokens = params.block;
     p.per_query_head = common.gqa == Gqa::none || common.gqa == Gqa::union_;
-    p.max_pieces = (p.max_cached + 2 * params.q_tile) / params.block;  // disjoint, the last range may overshoot
+    p.max_pieces = most_slash_pieces(p.max_cached, params.q_tile, params.block);
     p.max_tokens = p.max_cached;
     const i64 heads = static_cast<i64>(c.call().num_seqs) * c.layer().num_qo_heads;
     const i64 tiles = (p.max_cached + params.q_tile - 1) / params.q_tile;
-    p.workspace_bytes = 6 * (heads * p.max_cached * 4 + 256) + heads * tiles * 8 + 256 + 9 * (heads * 8 + 256);
+    p.workspace_bytes = 6 * (heads * p.max_cached * 4 + 256) + heads * tiles * 8 + 256 + 9 * (heads * 4 + 256);
   }
 
-  /// One entry per (sequence, head).
-  struct Heads {
-    i64 count, length, forced_v, forced_s;
-    float *column, *diagonal;          // [count, length] scores
-    i32 *n, *v, *s;                    // [count] candidates, columns and diagonals wanted
-    i32 *columns, *diagonals;          // [count, length] the chosen ones, ascending
-    i32 *num_columns, *num_diagonals;  // [count]
-    i32 *lo, *hi, *n_tried;            // [count] the search
+  /// Scores, and how many of each are wanted.
+  struct Ranking {
+    i64 heads, length, forced_v, forced_s;
+    SlashMass mass;
+    i32 *n, *v, *s;  // [heads] candidates, columns and diagonals wanted
 
-    LACUNA_HD void want(i64 i, i64 columns_wanted, i64 diagonals_wanted) const {
-      v[i] = static_cast<i32>(columns_wanted < length ? columns_wanted : length);
-      s[i] = static_cast<i32>(diagonals_wanted < length ? diagonals_wanted : length);
+    LACUNA_HD void want(i64 i, i64 columns, i64 diagonals) const {
+      v[i] = static_cast<i32>(columns < length ? columns : length);
+      s[i] = static_cast<i32>(diagonals < length ? diagonals : length);
     }
     LACUNA_HD void want(i64 i, i64 both) const {
       want(i, both > forced_v ? both : forced_v, both > forced_s ? both : forced_s);
@@ -148,81 +82,65 @@ struct VerticalSlash : Strategy {
   };
 
   void mark(Context& c, const Budget& budget, Selection& out) override {
-    const bool search = budget.limited && params.columns == 0 && params.diagonals == 0;
-    const Heads h = rank(c, budget);
-    if (search) {
-      find_sizes(c, budget, h);
+    const Ranking r = rank(c, budget);
+    const Slashes chosen{r.heads,
+                         r.length,
+                         c.workspace<i32>(r.heads * r.length),
+                         c.workspace<i32>(r.heads * r.length),
+                         c.workspace<i32>(r.heads),
+                         c.workspace<i32>(r.heads)};
+    if (budget.limited && params.columns == 0 && params.diagonals == 0) {
+      find_sizes(c, budget, r, chosen);
     } else {
-      const i64 v = std::max<i64>(params.columns ? params.columns : kColumns, h.forced_v);
+      const i64 v = std::max<i64>(params.columns ? params.columns : kColumns, r.forced_v);
       const i64 s = std::max<i64>({params.diagonals ? params.diagonals : kDiagonals, kLeastDiagonals, budget.recent});
-      c.for_each(h.count, [=] LACUNA_HD(i64 i) { h.want(i, v, s); });
+      c.for_each(r.heads, [=] LACUNA_HD(i64 i) { r.want(i, v, s); });
     }
-    choose(c, h);
-    lower(c, out.rows, h, &out, nullptr);
+    choose(c, r, chosen);
+    lower_slashes(c, out.rows, chosen, params.block, params.lowering == "aligned", &out, nullptr);
   }
 
   /// Scores of every column and diagonal, the forced ones first.
-  Heads rank(Context& c, const Budget& budget) {
+  Ranking rank(Context& c, const Budget& budget) {
     const Rows& rows = budget.rows;
-    Heads h{};
-    h.forced_v = std::max(params.forced_columns, budget.sinks);
-    h.forced_s = std::max(params.forced_diagonals, budget.recent);
-    h.count = static_cast<i64>(rows.seqs) * rows.heads;
-    h.length = rows.first_position + rows.num_queries;
-    const Queries q = c.last_queries(params.last_q);
-    const i64 query_heads = static_cast<i64>(q.seqs) * q.heads;
-    h.column = c.workspace<float>(query_heads * h.length);
-    h.diagonal = c.workspace<float>(query_heads * h.length);
-    c.window_mass(q, Reduce::sum, h.column, h.diagonal, h.length);
-    if (!rows.per_query_head) {
-      const Reduce reduce = common.gqa == Gqa::max ? Reduce::max : Reduce::sum;
-      float* column = c.workspace<float>(h.count * h.length);
-      float* diagonal = c.workspace<float>(h.count * h.length);
-      c.group_reduce(h.column, column, h.length, h.length, reduce);
-      c.group_reduce(h.diagonal, diagonal, h.length, h.length, reduce);
-      h.column = column;
-      h.diagonal = diagonal;
-    }
-    h.columns = c.workspace<i32>(h.count * h.length);
-    h.diagonals = c.workspace<i32>(h.count * h.length);
-    for (i32** list : {&h.n, &h.v, &h.s, &h.num_columns, &h.num_diagonals, &h.lo, &h.hi, &h.n_tried})
-      *list = c.workspace<i32>(h.count);
+    Ranking r{};
+    r.forced_v = std::max(params.forced_columns, budget.sinks);
+    r.forced_s = std::max(params.forced_diagonals, budget.recent);
+    r.heads = static_cast<i64>(rows.seqs) * rows.heads;
+    r.length = rows.first_position + rows.num_queries;
+    r.mass = slash_mass(c, c.last_queries(params.last_q), rows, common.gqa, r.length);
+    for (i32** list : {&r.n, &r.v, &r.s}) *list = c.workspace<i32>(r.heads);
     const float first = INFINITY;
-    c.for_each(h.count * h.length, [=] LACUNA_HD(i64 i) {
-      const i64 at = i % h.length;
-      if (at < h.forced_v) h.column[i] = first;
-      if (at < h.forced_s) h.diagonal[i] = first;
-      h.n[i / h.length] = static_cast<i32>(h.length);
+    c.for_each(r.heads * r.length, [=] LACUNA_HD(i64 i) {
+      const i64 at = i % r.length;
+      if (at < r.forced_v) r.mass.column[i] = first;
+      if (at < r.forced_s) r.mass.diagonal[i] = first;
+      r.n[i / r.length] = static_cast<i32>(r.length);
     });
-    return h;
+    return r;
   }
 
-  void choose(Context& c, const Heads& h) {
-    const i32 rows = static_cast<i32>(h.count);
-    c.topk(h.column, rows, h.length, h.n, h.v, h.columns, h.num_columns, h.length);
-    c.topk(h.diagonal, rows, h.length, h.n, h.s, h.diagonals, h.num_diagonals, h.length);
+  void choose(Context& c, const Ranking& r, const Slashes& out) {
+    const i32 heads = static_cast<i32>(r.heads);
+    c.topk(r.mass.column, heads, r.length, r.n, r.v, out.columns, out.num_columns, r.length);
+    c.topk(r.mass.diagonal, heads, r.length, r.n, r.s, out.diagonals, out.num_diagonals, r.length);
   }
 
-  /// The largest n per head that fits: bisection, then the next few, on the device without reading back.
-  void find_sizes(Context& c, const Budget& budget, const Heads& h) {
+  /// The largest n per head that fits; leaves it wanted.
+  void find_sizes(Context& c, const Budget& budget, const Ranking& r, const Slashes& chosen) {
     const Rows rows = budget.rows;
-    const i64 tiles = rows.tiles, length = h.length;
+    const i64 tiles = rows.tiles;
     const i64* target = budget.pairs;
     const double density = budget.density;
     i64* pairs = c.workspace<i64>(rows.count());
-    c.for_each(h.count, [=] LACUNA_HD(i64 i) { h.hi[i] = static_cast<i32>(length) + 1; });
-    i32 rounds = 0;
-    while ((i64{1} << rounds) <= length) ++rounds;
-    for (i32 round = 0; round < rounds + kProbes; ++round) {
-      const i32 probe = round - rounds + 1;  // from 1 on: past the first n that did not fit
-      c.for_each(h.count, [=] LACUNA_HD(i64 i) {
-        const i64 n = probe < 1 ? (h.lo[i] + h.hi[i]) / 2 : h.hi[i] + probe;
-        h.n_tried[i] = static_cast<i32>(n < length ? n : length);
-        h.want(i, n);
-      });
-      choose(c, h);
-      lower(c, rows, h, nullptr, pairs);
-      c.for_each(h.count, [=] LACUNA_HD(i64 i) {
+    i32* fits = c.workspace<i32>(r.heads);
+    const LargestThatFits search = search_largest(c, r.heads, r.length, kProbes);
+    for (i32 round = 0; round < search.rounds(); ++round) {
+      search.propose(c, round);
+      c.for_each(r.heads, [=] LACUNA_HD(i64 i) { r.want(i, search.tried[i]); });
+      choose(c, r, chosen);
+      lower_slashes(c, rows, chosen, params.block, params.lowering == "aligned", nullptr, pairs);
+      c.for_each(r.heads, [=] LACUNA_HD(i64 i) {
         double limit = 0, used = 0;  // a density bounds the head's pairs itself, finer than its rows' whole K
         for (i64 row = i * tiles; row < (i + 1) * tiles; ++row) {
           const i64 first = rows.first_position + rows.query_begin(row),
@@ -231,39 +149,11 @@ struct VerticalSlash : Strategy {
           limit += density > 0 ? density * visible : static_cast<double>(target[row]);
           used += static_cast<double>(pairs[row]);
         }
-        if (used <= limit)
-          h.lo[i] = h.n_tried[i];
-        else if (probe < 1)
-          h.hi[i] = h.n_tried[i];
+        fits[i] = used <= limit;
       });
+      search.judge(c, round, fits);
     }
-    c.for_each(h.count, [=] LACUNA_HD(i64 i) { h.want(i, h.lo[i]); });
-  }
-
-  /// Lowers every row into `out`, or only counts its pairs.
-  void lower(Context& c, const Rows& rows, const Heads& h, const Selection* out, i64* pairs) {
-    const i64 tile = params.q_tile, block = params.block;
-    const bool aligned = params.lowering == "aligned", emit = out != nullptr;
-    const Selection to = emit ? *out : Selection{};
-    c.for_each(rows.count(), [=] LACUNA_HD(i64 row) {
-      const i64 head = row / rows.tiles;
-      const Tile t{rows.first_position + rows.query_begin(row), rows.first_position + rows.query_end(row), tile, block,
-                   aligned};
-      Lowering l{h.columns + head * h.length,
-                 h.diagonals + head * h.length,
-                 h.num_columns[head],
-                 h.num_diagonals[head],
-                 emit ? to.pieces + row * to.piece_capacity : nullptr,
-                 emit ? to.tokens + row * to.token_capacity : nullptr};
-      l.run(t);
-      if (emit) {
-        to.piece_count[row] = l.num_pieces;
-        to.token_count[row] = l.num_tokens;
-      } else {
-        pairs[row] = l.pairs;
-      }
-    });
-    c.charge(4.0 * rows.count() * h.length, 1.0 * rows.count() * h.length);
+    c.for_each(r.heads, [=] LACUNA_HD(i64 i) { r.want(i, search.best[i]); });
   }
 };
 }  // namespace
