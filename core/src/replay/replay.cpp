@@ -4,6 +4,8 @@
 #include <chrono>
 #include <cmath>
 #include <filesystem>
+#include <list>
+#include <memory>
 #include <numeric>
 
 #include "lacuna/base/error.hpp"
@@ -65,6 +67,14 @@ struct Pending {
   std::vector<i64> kept;  // one cut, KV heads: the eviction oracle applies
 };
 
+/// Whether nvcc compiled every strategy of the cell.
+bool runs_on_device(const Cell& cell) {
+  for (const auto* role : {&cell.select, &cell.evict, &cell.allocate})
+    for (const Resolved* r = *role ? &**role : nullptr; r; r = r->base.get())
+      if (!r->type->has_device_code()) return false;
+  return true;
+}
+
 /// Everything that is replayed on one layer.
 class LayerRun {
  public:
@@ -95,12 +105,31 @@ class LayerRun {
     return out;
   }
 
-  void phase(ReplayPhase phase, const std::string& cut) {
-    const auto [begin, end] = phase_queries(info_, phase, cut);
-    if (begin >= end) return;
-    const Reference ref = make_reference(layer_, phase, begin, end);
-    noise(ref);
+  /// Where cells are replayed, the dense attention of the same backend, and the rows there that wait for their regret.
+  struct Place {
+    LayerReplay& layer;
+    Reference ref;
     std::vector<Pending> pending;
+  };
+
+  /// The run's device, or the CPU for a cell with a strategy that has no code for it.
+  LayerReplay& layer_of(const Cell& cell) {
+    if (!layer_.on_device() || runs_on_device(cell)) return layer_;
+    if (!host_layer_)
+      host_layer_ = std::make_unique<LayerReplay>(trace_, layer_.layer().index, options_.page_size, options_.check);
+    return *host_layer_;
+  }
+
+  void phase(ReplayPhase phase, const std::string& cut) {
+    const PhaseQueries q = phase_queries(info_, phase, cut);
+    if (q.begin >= q.end) return;
+    std::list<Place> places;
+    const auto place_of = [&](LayerReplay& layer) -> Place& {
+      for (Place& p : places)
+        if (&p.layer == &layer) return p;
+      return places.emplace_back(Place{layer, make_reference(layer, phase, q.begin, q.end), {}});
+    };
+    noise(place_of(layer_).ref);
     for (std::size_t i = 0; i < cells_.size(); ++i) {
       if (options_.stop && options_.stop()) break;
       const Cell& cell = cells_[i];
@@ -109,7 +138,7 @@ class LayerRun {
       Row row = start_row(phase, static_cast<int>(i));
       row.nominal = cell.density(phase);
       try {
-        cell_row(ref, cell, row, pending);
+        cell_row(place_of(layer_of(cell)), cell, row);
       } catch (const std::exception& e) {
         row.status = "failed";
         row.error = e.what();
@@ -117,7 +146,7 @@ class LayerRun {
         result_.rows.push_back(std::move(row));
       }
     }
-    regrets(ref, pending);
+    for (Place& place : places) regrets(place);
     if (options_.on_row)
       for (std::size_t r = reported_; r < result_.rows.size(); ++r) options_.on_row(result_.rows[r]);
     reported_ = result_.rows.size();
@@ -172,13 +201,19 @@ class LayerRun {
     }
   }
 
-  void cell_row(const Reference& ref, const Cell& cell, Row& row, std::vector<Pending>& pending) {
+  void cell_row(Place& place, const Cell& cell, Row& row) {
+    const Reference& ref = place.ref;
+    LayerReplay& layer = place.layer;
     const auto start = std::chrono::steady_clock::now();
     PhaseRun run =
-        run_phase(layer_, info_, cell, ref.phase, {ref.begin, ref.end}, {options_.check, false, false, {}, {}});
+        run_phase(layer, info_, cell, ref.phase, {ref.begin, ref.end}, {options_.check, false, false, {}, {}});
     row.cost = run.cost;
     row.cost.seconds = std::chrono::duration<double>(std::chrono::steady_clock::now() - start).count();
     row.marks = run.marks;
+    if (&layer != &layer_) {
+      row.marks.push_back("on-cpu");
+      std::sort(row.marks.begin(), row.marks.end());
+    }
     row.realised_head = run.realised_head;
     row.realised_union = run.realised_union;
     row.target_share = run.target_share;
@@ -197,9 +232,9 @@ class LayerRun {
     p.layout = layout_of(info_, ref, row.min_context, left_out);
     row.left_out = left_out;
 
-    p.mass = mass_of(layer_, {ref.begin, ref.end}, run);
+    p.mass = mass_of(layer, {ref.begin, ref.end}, run);
     if (layer_.layer().sliding_window == 0) {
-      p.request = oracle_request(layer_.host_attention(ref.begin, ref.end), run.sets, run.q_tile);
+      p.request = oracle_request(layer.host_attention(ref.begin, ref.end), run.sets, run.q_tile);
       p.q_tile = run.q_tile;
       p.kept = run.kept;
     }
@@ -218,11 +253,13 @@ class LayerRun {
     collect_all(row, c, p.layout);
     p.row = result_.rows.size();
     result_.rows.push_back(std::move(row));
-    if (layer_.layer().sliding_window == 0) pending.push_back(std::move(p));
+    if (layer_.layer().sliding_window == 0) place.pending.push_back(std::move(p));
   }
 
   /// The matched oracle answers all methods of a tile size in one pass over the layer.
-  void regrets(const Reference& ref, std::vector<Pending>& pending) {
+  void regrets(Place& place) {
+    const Reference& ref = place.ref;
+    std::vector<Pending>& pending = place.pending;
     if (pending.empty()) return;
     const i32 heads = layer_.layer().num_qo_heads;
     std::map<i32, std::vector<Pending*>> by_tile;
@@ -232,7 +269,7 @@ class LayerRun {
     for (auto& [q_tile, group] : by_tile) {
       std::vector<OracleRequest> requests;
       for (Pending* p : group) requests.push_back(std::move(p->request));
-      const auto oracle = oracle_of(ref, q_tile, requests);
+      const auto oracle = oracle_of(place, q_tile, requests);
       for (std::size_t i = 0; i < group.size(); ++i) {
         regret_of_rows(oracle[i], group[i]->mass.data(), heads, ref.queries(), q_tile, regret.data());
         add_regret(*group[i], ref, regret.data());
@@ -241,30 +278,31 @@ class LayerRun {
     if (evicted.empty()) return;
     std::vector<std::vector<i64>> kept;
     for (Pending* p : evicted) kept.push_back(p->kept);
-    const auto oracle = evict_oracle_of(ref, kept);
+    const auto oracle = evict_oracle_of(place, kept);
     for (std::size_t i = 0; i < evicted.size(); ++i) {
       for (std::size_t j = 0; j < regret.size(); ++j) regret[j] = oracle[i][j] - evicted[i]->mass[j];
       add_regret(*evicted[i], ref, regret.data());
     }
   }
 
-  std::vector<std::vector<double>> oracle_of(const Reference& ref, i32 q_tile,
-                                             const std::vector<OracleRequest>& requests) {
-    if (!layer_.on_device())
-      return matched_oracle(layer_.dense_attention(ref.begin, ref.end), q_tile, ref.lse.data(), requests);
-    const Scratch::Frame frame(layer_.scratch());
-    return matched_oracle_cuda(layer_.dense_attention(ref.begin, ref.end), q_tile, upload(ref.lse), requests,
-                               layer_.scratch().device());
+  static std::vector<std::vector<double>> oracle_of(Place& place, i32 q_tile,
+                                                    const std::vector<OracleRequest>& requests) {
+    const std::vector<float>& lse = place.ref.lse;
+    const Attention dense = place.layer.dense_attention(place.ref.begin, place.ref.end);
+    if (!place.layer.on_device()) return matched_oracle(dense, q_tile, lse.data(), requests);
+    Scratch& scratch = place.layer.scratch();
+    const Scratch::Frame frame(scratch);
+    return matched_oracle_cuda(dense, q_tile, scratch.take_copy(lse.data(), static_cast<i64>(lse.size())), requests,
+                               scratch.device());
   }
-  std::vector<std::vector<double>> evict_oracle_of(const Reference& ref, const std::vector<std::vector<i64>>& kept) {
-    if (!layer_.on_device())
-      return matched_evict_oracle(layer_.dense_attention(ref.begin, ref.end), ref.begin, ref.lse.data(), kept);
-    const Scratch::Frame frame(layer_.scratch());
-    return matched_evict_oracle_cuda(layer_.dense_attention(ref.begin, ref.end), ref.begin, upload(ref.lse), kept,
-                                     layer_.scratch().device());
-  }
-  const float* upload(const std::vector<float>& host) {
-    return layer_.scratch().take_copy(host.data(), static_cast<i64>(host.size()));
+  static std::vector<std::vector<double>> evict_oracle_of(Place& place, const std::vector<std::vector<i64>>& kept) {
+    const std::vector<float>& lse = place.ref.lse;
+    const Attention dense = place.layer.dense_attention(place.ref.begin, place.ref.end);
+    if (!place.layer.on_device()) return matched_evict_oracle(dense, place.ref.begin, lse.data(), kept);
+    Scratch& scratch = place.layer.scratch();
+    const Scratch::Frame frame(scratch);
+    return matched_evict_oracle_cuda(
+        dense, place.ref.begin, scratch.take_copy(lse.data(), static_cast<i64>(lse.size())), kept, scratch.device());
   }
 
   void add_regret(const Pending& p, const Reference& ref, const double* regret) {
@@ -283,6 +321,7 @@ class LayerRun {
   const ReplayOptions& options_;
   ReplayResult& result_;
   LayerReplay layer_;
+  std::unique_ptr<LayerReplay> host_layer_;  // see layer_of()
   std::size_t reported_ = result_.rows.size();
 };
 

@@ -97,6 +97,7 @@ struct Entry {
   i32 num_constraints;
   /// `broken`: the first constraint that the parameters break, or -1.
   i32 (*check)(const char* parameters_json, i32* broken, Error*);
+  i32 device_code;  // 1: nvcc compiled it, so that its loops run on a GPU too
 };
 
 /// The exported symbol `lacuna_plugin`.
@@ -219,6 +220,9 @@ class __attribute__((visibility("hidden"))) EntryFor {
       e.check = &EntryFor::check;
       e.create = &EntryFor::create;
       e.destroy = [](Strategy* s) { delete s; };
+#if defined(__CUDACC__)
+      e.device_code = 1;
+#endif
 #define LACUNA_ROLE(role, arguments, call)                                      \
   if constexpr (!std::is_same_v<decltype(&T::role), decltype(&Strategy::role)>) \
     e.role = [] arguments -> i32 {                                              \

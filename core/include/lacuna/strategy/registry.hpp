@@ -44,6 +44,9 @@ class StrategyType {
   /// Dense at every point of its parameters: the dense point it declares asks for nothing, nor does it take a budget.
   bool always_dense() const { return always_dense_; }
 
+  /// Its loops can run on a GPU. One that cannot is replayed on the CPU, whatever the device of the run.
+  bool has_device_code() const { return entry_.device_code != 0; }
+
   bool can(RoleKind role) const;
   bool can_select() const;    // score, mark or refine, in prefill or decode
   bool can_evict() const;     // phase evict, score or retain
