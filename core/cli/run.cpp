@@ -10,6 +10,7 @@
 #include "lacuna/base/error.hpp"
 #include "lacuna/build_info.hpp"
 #include "lacuna/device/device.hpp"
+#include "lacuna/replay/layer_replay.hpp"
 #include "lacuna/report/render.hpp"
 
 namespace lacuna::cli {
@@ -145,6 +146,11 @@ int run(const Session& session, const Options& options) {
   listen_for_stop();
   for (const Trace& trace : traces) {
     study.traces.push_back(facts_of(trace));
+    if (device->on_device() && !options.quiet)
+      note(fmt::format(
+          "a layer of {} takes {}; {} are free", study.traces.back().file,
+          LayerReplay::memory(trace, trace.info().captured_layers.front(), study.scenario.options.page_size).describe(),
+          bytes_text(device->free_bytes())));
     Progress progress(study.traces.back().file, phases_in(trace, study.scenario), options.quiet);
     ReplayOptions replaying = study.scenario.options;
     replaying.device = device;

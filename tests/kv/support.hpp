@@ -194,6 +194,7 @@ class FailingDevice final : public Device {
 
   bool on_device() const override { return real_->on_device(); }
   std::string describe() const override { return "a device that runs out of memory"; }
+  std::size_t free_bytes() const override { return cpu_device()->free_bytes(); }
   void* allocate(std::size_t bytes) override {
     if (left == 0) throw Error({"out of memory", "", "", "", ""});
     if (left > 0) --left;

@@ -4,6 +4,7 @@
 #include <algorithm>
 #include <cmath>
 
+#include "lacuna/base/error.hpp"
 #include "lacuna/replay/conformance.hpp"
 #include "replay/conformance_bench.hpp"
 #include "replay/support.hpp"
@@ -145,6 +146,60 @@ TEST_CASE("the conformance suite passes on the GPU") {
       CAPTURE(f.detail);
       CHECK(f.passed);
     }
+}
+
+namespace {
+/// Compiled by the host's compiler alone, as a plug-in on a machine without CUDA.
+struct Newest : sdk::Strategy {
+  static sdk::Info info() {
+    sdk::Info i{};
+    i.name = "newest";
+    i.summary = i.paper = i.rule = "-";
+    i.phases = sdk::kPrefill | sdk::kDecode;
+    return i;
+  }
+  void plan(sdk::Context&, sdk::Plan& p) override { p.unit_tokens = 16; }
+  void score(sdk::Context& c, sdk::Scores& s) override {
+    float* value = s.value;
+    const i64 stride = s.stride;
+    c.for_each(s.rows.count() * s.units, [=, units = s.units] LACUNA_HD(i64 i) {
+      value[i / units * stride + i % units] = static_cast<float>(i % units);
+    });
+  }
+};
+}  // namespace
+
+TEST_CASE("a strategy without code for the GPU is replayed on the CPU, and its row says so") {
+  const Trace trace = Trace::open(kShipped);
+  const StrategyType type(*sdk::detail::EntryFor<Newest>::get(), "test", "0");
+  REQUIRE_FALSE(type.has_device_code());
+  Cell cell;
+  cell.label = "newest";
+  cell.select = Resolved{};
+  cell.select->type = &type;
+  cell.select->own = cell.select->shared = Json::object();
+  cell.select->budget = {BudgetSpec::Kind::density, 0.2, false};
+  ReplayOptions options;
+  options.phases = {ReplayPhase::decode};
+  const ReplayResult on_cpu = replay(trace, {cell}, options);
+  options.device = gpu();
+  const ReplayResult with_gpu = replay(trace, {cell}, options);
+  REQUIRE(on_cpu.rows.size() == with_gpu.rows.size());
+  for (std::size_t r = 0; r < on_cpu.rows.size(); ++r) {
+    if (on_cpu.rows[r].cell < 0) continue;
+    CHECK(with_gpu.rows[r].error == "");
+    CHECK(with_gpu.rows[r].marked("on-cpu"));
+    CHECK_FALSE(on_cpu.rows[r].marked("on-cpu"));
+    CHECK(with_gpu.rows[r].realised_head == on_cpu.rows[r].realised_head);
+  }
+}
+
+TEST_CASE("too little memory names what is needed and what is free, before anything is made") {
+  const Trace trace = Trace::open(kShipped);
+  const std::size_t needed = LayerReplay::memory(trace, kLayer, 16).total(), free = gpu()->free_bytes();
+  REQUIRE(free > needed);
+  const Buffer<std::byte> hog(gpu(), static_cast<i64>(free - needed / 2));
+  CHECK_THROWS_WITH_AS(LayerReplay(trace, kLayer, 16, false, gpu()), doctest::Contains("too little memory"), Error);
 }
 
 TEST_CASE("rows of both backends agree within 1 %, beyond the noise floor") {

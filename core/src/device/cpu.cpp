@@ -32,6 +32,10 @@ class CpuDevice final : public Device {
     return fmt::format("{}, {} threads, {:.1f} GiB", cpu_model(), omp_get_max_threads(), bytes / (1ull << 30));
   }
 
+  std::size_t free_bytes() const override {
+    return static_cast<std::size_t>(sysconf(_SC_AVPHYS_PAGES)) * static_cast<std::size_t>(sysconf(_SC_PAGESIZE));
+  }
+
   void* allocate(std::size_t bytes) override {
     const std::size_t rounded = (bytes / kAlignment + 1) * kAlignment;  // aligned_alloc wants a multiple, and not zero
     void* pointer = rounded > bytes ? std::aligned_alloc(kAlignment, rounded) : nullptr;

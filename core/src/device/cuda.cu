@@ -38,6 +38,13 @@ class CudaDevice final : public Device {
            std::to_string(p.multiProcessorCount) + " SMs, " + std::to_string(p.totalGlobalMem >> 30) + " GiB";
   }
 
+  std::size_t free_bytes() const override {
+    use();
+    std::size_t free = 0, total = 0;
+    check(cudaMemGetInfo(&free, &total), "cudaMemGetInfo", index_);
+    return free;
+  }
+
   void* allocate(std::size_t bytes) override {
     use();
     void* pointer = nullptr;

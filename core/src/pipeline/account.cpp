@@ -57,8 +57,6 @@ void account_range(Choice& choice, const Selection& selection, const Layer& laye
     a.union_visible = static_cast<double>(capped_pairs(at.end, at.begin, at.end));
     touched[static_cast<std::size_t>(kr)] = static_cast<double>(all.touched(at.begin, at.end));
   }
-  for (i64 r = 0; r < rows.count(); ++r)
-    if (selection.full[r]) choice.full_rows += rows.per_query_head ? 1 : group;
   for (i64 kr = 0; kr < kv_rows; ++kr) {
     choice.budget.add(accounts[static_cast<std::size_t>(kr)]);
     choice.touched_tokens += touched[static_cast<std::size_t>(kr)];

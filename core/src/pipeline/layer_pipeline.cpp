@@ -159,8 +159,7 @@ Step LayerPipeline::choose_and_attend(const CallSpan& span, bool everything) {
 
   const Choice& choice = step.choice;
   if (scratch.on_device()) {  // there the kernels count nothing
-    step.work.dense_rows = choice.full_rows;
-    step.work.sparse_rows = static_cast<i64>(choice.sets.size()) - choice.full_rows;
+    (layer.sliding_window > 0 ? step.work.dense_rows : step.work.sparse_rows) = static_cast<i64>(choice.sets.size());
     const i64 first = cache_.length(0) - q.count;
     step.work.pairs = layer.sliding_window > 0
                           ? layer.num_qo_heads * capped_pairs(layer.sliding_window, first, first + q.count)

@@ -17,6 +17,10 @@ std::vector<float> slice(const std::vector<float>& all, i64 heads, i64 tokens, i
     out.insert(out.end(), all.begin() + (h * tokens + begin) * width, all.begin() + (h * tokens + end) * width);
   return out;
 }
+
+constexpr i64 kLeastRange = i64{16} << 20, kMostRange = i64{512} << 20;  // scores, or entries of lists, at once
+/// Bytes beside each: reduced scores, lists, members of unions, and the key lists of attention.
+constexpr i64 kBytesPerElement = 20;
 }  // namespace
 
 LayerReplay::LayerReplay(const Trace& trace, int layer, i32 page_size, bool poison, std::shared_ptr<Device> device)
@@ -31,6 +35,14 @@ LayerReplay::LayerReplay(const Trace& trace, int layer, i32 page_size, bool pois
     throw lacuna::Error(Problem{"keys and values of one layer differ in element type", "one dtype for k and v", "two",
                                 trace.info().path + ": layers." + std::to_string(layer),
                                 "write both in the same dtype"});
+  range_elements_ = ChooseOptions().range_elements;
+  if (on_device()) {
+    const std::size_t free = scratch_->device().free_bytes();
+    const MemoryPlan plan = memory(trace, layer, page_size);
+    plan.require(free, scratch_->device().describe());
+    range_elements_ =
+        std::clamp(kLeastRange + static_cast<i64>(free - plan.total()) / kBytesPerElement / 2, kLeastRange, kMostRange);
+  }
   queries_ = {tensors_.q.data, tensors_.q.dtype, tokens_, nullptr};
   kv_ = {tensors_.k.data, tensors_.v.data, tensors_.k.dtype, tokens_};
   if (on_device()) {
@@ -74,6 +86,23 @@ std::shared_ptr<PagePool> LayerReplay::make_pool(const std::shared_ptr<Device>& 
                                     caches * layer_.num_kv_heads * (pages_a_head + 1), poison_);
 }
 
+MemoryPlan LayerReplay::memory(const Trace& trace, int layer, i32 page_size) {
+  const Layer l = trace.info().layer(layer);
+  const LayerTensors tensors = trace.layer(layer);
+  const i64 tokens = trace.info().tokens(), pages = (tokens + page_size - 1) / page_size + 1;
+  const i64 q_elements = l.num_qo_heads * tokens * l.head_dim, kv_elements = l.num_kv_heads * tokens * l.head_dim;
+  MemoryPlan plan;
+  const auto add = [&](const char* what, i64 bytes) { plan.add(what, static_cast<std::size_t>(bytes)); };
+  add("queries, keys and values", q_elements * size_of(tensors.q.dtype) + 2 * kv_elements * size_of(tensors.k.dtype));
+  add("KV caches", (kMostParents + 2) * l.num_kv_heads * pages * page_size *
+                       (2 * l.head_dim * size_of(tensors.k.dtype) + static_cast<i64>(sizeof(i32))));
+  // Of a method and, where it has log weights, of the same set without them.
+  add("attention's results", 2 * (q_elements + l.num_qo_heads * tokens) * static_cast<i64>(sizeof(float)));
+  add("operations", static_cast<i64>(ops_workspace_bytes(true, l, 1, tokens, tokens)));
+  add("scores and lists", kLeastRange * kBytesPerElement);
+  return plan;
+}
+
 LayerSetup LayerReplay::setup(std::uint64_t seed, bool check) const {
   LayerSetup s;
   s.layer = layer_;
@@ -88,12 +117,11 @@ LayerSetup LayerReplay::setup(std::uint64_t seed, bool check) const {
 }
 
 ChooseOptions LayerReplay::choose_options(bool keep_lists, bool keep_scores) const {
-  constexpr i64 kOnDevice = i64{512} << 20;
   ChooseOptions options;
   options.check = true;
   options.keep_lists = keep_lists;
   options.keep_scores = keep_scores;
-  if (on_device()) options.range_elements = kOnDevice;
+  options.range_elements = range_elements_;
   return options;
 }
 

@@ -15,6 +15,7 @@ class Device {
   virtual ~Device() = default;
   virtual bool on_device() const = 0;             // false: CPU
   virtual std::string describe() const = 0;       // for the header of a table: model, cores or SMs, memory
+  virtual std::size_t free_bytes() const = 0;     // that could be allocated now
   virtual void* allocate(std::size_t bytes) = 0;  // 256-byte aligned, uninitialised
   virtual void release(void* pointer) noexcept = 0;
   virtual void copy_in(void* device, const void* host, std::size_t bytes) = 0;

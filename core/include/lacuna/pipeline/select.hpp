@@ -41,7 +41,6 @@ struct Choice {
   std::vector<RowSet> sets;  // [num_qo_heads * tiles], slots of the cache
   BudgetAccount budget;
   double touched_tokens = 0;  // distinct (KV head, slot) fetched, summed over tiles: union over the group
-  sdk::i64 full_rows = 0;     // (query head, tile) rows that read everything visible
   // With keep_lists, keep_scores:
   std::vector<RowLists> lists;  // [rows]
   std::vector<float> scores;    // [rows, stride] as ranked (after reduction)

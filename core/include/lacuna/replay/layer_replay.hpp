@@ -5,6 +5,7 @@
 #include <memory>
 #include <optional>
 
+#include "lacuna/device/budget.hpp"
 #include "lacuna/pipeline/layer_pipeline.hpp"
 #include "lacuna/trace/trace.hpp"
 
@@ -17,6 +18,10 @@ class LayerReplay {
   LayerReplay(const Trace& trace, int layer, sdk::i32 page_size, bool poison,
               std::shared_ptr<Device> device = cpu_device());
   LayerReplay(const LayerReplay&) = delete;
+
+  /// What replaying a layer takes of a device's memory, whatever the cells: tensors, caches, dense results, the
+  /// operations' workspace, and the least room for scores and lists (more is used where it is free).
+  static MemoryPlan memory(const Trace& trace, int layer, sdk::i32 page_size);
 
   /// What pipelines on this layer are set up with.
   LayerSetup setup(std::uint64_t seed, bool check) const;
@@ -66,6 +71,7 @@ class LayerReplay {
   LayerTensors tensors_;
   sdk::i64 tokens_ = 0;
   sdk::i32 page_size_;
+  sdk::i64 range_elements_;  // of choose_options
   bool poison_;
   Rope rope_;
   std::shared_ptr<Scratch> scratch_;
