@@ -123,6 +123,22 @@ std::size_t phases_in(const Trace& trace, const Scenario& scenario) {
   return out * trace.info().captured_layers.size();
 }
 
+/// Times on the first trace: the layer has the scenario's shape whatever the trace, which only lends its values.
+CostResult time_study(const StudyResult& study, const Trace& trace, const std::shared_ptr<Device>& device, bool quiet) {
+  CostRun timing;
+  timing.page_size = study.scenario.options.page_size;
+  timing.device = device;
+  timing.stop = [] { return stop_asked != 0; };
+  timing.on_row = [&](const CostRow& row) {
+    if (quiet) return;
+    const std::string label =
+        row.cell < 0 ? "dense attention" : study.scenario.cells[static_cast<std::size_t>(row.cell)].label;
+    note(fmt::format("cost: {} {} at {} tokens{}", name_of(row.phase), label, row.tokens,
+                     row.error.empty() ? "" : ": not timed"));
+  };
+  return time_cells(trace, study.scenario.cells, study.scenario.cost, timing);
+}
+
 int run(const Session& session, const Options& options) {
   const Registry registry = session.registry();
   StudyResult study;
@@ -161,6 +177,8 @@ int run(const Session& session, const Options& options) {
     std::move(result.rows.begin(), result.rows.end(), std::back_inserter(study.rows));
     std::move(result.skips.begin(), result.skips.end(), std::back_inserter(study.skips));
   }
+  if (study.scenario.cost.wanted && stop_asked == 0)
+    study.cost = time_study(study, traces.front(), device, options.quiet);
   study.interrupted = stop_asked != 0;
 
   const std::vector<Table> tables = tabulate(study);
@@ -168,9 +186,12 @@ int run(const Session& session, const Options& options) {
   fmt::print("{}", to_markdown(study, tables));
   const auto failed =
       std::count_if(study.rows.begin(), study.rows.end(), [](const Row& r) { return r.status != "ok"; });
+  const bool untimed = study.cost && std::any_of(study.cost->rows.begin(), study.cost->rows.end(),
+                                                 [](const CostRow& r) { return !r.error.empty(); });
   if (failed > 0) note(fmt::format("{} of {} rows failed; see the end of the report", failed, study.rows.size()));
   if (study.interrupted) note("interrupted");
-  return failed > 0 || study.interrupted ? 1 : 0;
+  if (untimed) note("some methods could not be timed; see the section on cost");
+  return failed > 0 || untimed || study.interrupted ? 1 : 0;
 }
 
 }  // namespace
@@ -191,6 +212,7 @@ void add_run(CLI::App& app, Session& session) {
   command->add_option("--device", o->overrides.device, "replaces [run] device");
   command->add_option("--json", o->json, "also write everything to this file");
   command->add_flag("--check", o->overrides.check, "check contracts and poison what must not be read");
+  command->add_flag("--no-cost", o->overrides.no_cost, "no times, whatever [cost] says");
   command->add_flag("--dry-run", o->dry_run, "print the cells and the number of rows, run nothing");
   command->add_flag("--quiet", o->quiet, "no progress");
   command->callback([&session, o] { session.exit_code = run(session, *o); });

@@ -76,6 +76,17 @@ void LayerPipeline::refresh_sides(const CallSpan& span) {
   }
 }
 
+void LayerPipeline::index_units(const CallSpan& span, const Dirty& units) {
+  for (auto* r : {select_.get(), evict_.get()})
+    if (r) r->index(cache_, span, units);
+}
+
+void LayerPipeline::attended(const CallSpan& span, const Selection* read, const float* out, const float* lse) {
+  const Attended seen{read, setup_.queries.span(setup_.layer, span.begin, span.end), out, lse};
+  for (auto* r : {select_.get(), evict_.get()})
+    if (r && r->wants_attended()) r->attended(cache_, span, seen);
+}
+
 Choice LayerPipeline::choose_for(const CallSpan& span, const ChooseOptions& options, const RangeVisitor& visit) {
   if (select_ && !dense_layer(*select_))
     return choose(*select_, evict_ && span.phase == Phase::decode ? nullptr : allocate_.get(), cache_, setup_, span,
@@ -145,9 +156,7 @@ Step LayerPipeline::choose_and_attend(const CallSpan& span, bool everything) {
       plain.make(step.unweighted_out, step.unweighted_lse);
       attend_to(span, read, {true, true}, plain.out, plain.lse);
     }
-    const Attended seen{read, q, weighted.out, weighted.lse};
-    for (auto* r : {select_.get(), evict_.get()})
-      if (r && r->wants_attended()) r->attended(cache_, span, seen);
+    attended(span, read, weighted.out, weighted.lse);
   };
   if (everything)
     step.choice = choose_everything(

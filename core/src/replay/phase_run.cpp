@@ -127,16 +127,6 @@ void run_steps(PhaseRun& run, LayerReplay& layer, LayerPipeline& pipeline, Colle
   run.unweighted_lse.clear();
 }
 
-/// What the phase's roles are, an allocator only where it serves one of them.
-Roles roles_of(const Cell& cell, ReplayPhase phase) {
-  Roles roles;
-  if (phase != ReplayPhase::evict && cell.select) roles.select = &*cell.select;
-  if (phase != ReplayPhase::prefill && cell.evict) roles.evict = &*cell.evict;
-  if (cell.allocate && !(cell.evict && phase == ReplayPhase::prefill))
-    roles.allocate = &*cell.allocate;  // beside evict it is evict's
-  return roles;
-}
-
 void mark_roles(PhaseRun& run, const Roles& roles, ReplayPhase phase) {
   for (const Resolved* role : {roles.select, roles.evict})
     for (const Resolved* r = role; r; r = r->base.get()) {
@@ -148,6 +138,15 @@ void mark_roles(PhaseRun& run, const Roles& roles, ReplayPhase phase) {
 }
 
 }  // namespace
+
+Roles roles_of(const Cell& cell, ReplayPhase phase) {
+  Roles roles;
+  if (phase != ReplayPhase::evict && cell.select) roles.select = &*cell.select;
+  if (phase != ReplayPhase::prefill && cell.evict) roles.evict = &*cell.evict;
+  if (cell.allocate && !(cell.evict && phase == ReplayPhase::prefill))
+    roles.allocate = &*cell.allocate;  // beside evict it is evict's
+  return roles;
+}
 
 PhaseQueries phase_queries(const TraceInfo& info, ReplayPhase phase, const std::string& cut) {
   switch (phase) {

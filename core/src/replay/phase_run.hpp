@@ -30,6 +30,9 @@ struct PhaseOptions {
   std::function<void(const Eviction&)> on_eviction;  // at the cut
 };
 
+/// The roles that act in the phase, an allocator only where it serves one of them.
+Roles roles_of(const Cell& cell, ReplayPhase phase);
+
 /// Positions of a phase's queries; `cut` counts in evict alone.
 struct PhaseQueries {
   sdk::i64 begin, end;

@@ -6,6 +6,7 @@
 
 #include "lacuna/base/error.hpp"
 #include "lacuna/report/render.hpp"
+#include "report/cost_table.hpp"
 
 namespace lacuna {
 namespace {
@@ -204,14 +205,16 @@ Json to_json(const StudyResult& study, const std::vector<Table>& tables) {
     Json skip{{"cell", s.cell}, {"phase", name_of(s.phase)}, {"reason", s.reason}};
     if (std::find(skips.begin(), skips.end(), skip) == skips.end()) skips.push_back(std::move(skip));
   }
-  return {{"schema", kSchemaVersion},
-          {"interrupted", study.interrupted},
-          {"scenario", scenario_of(study)},
-          {"header", header_of(study)},
-          {"cells", cells},
-          {"rows", rows},
-          {"tables", aggregates},
-          {"skips", skips}};
+  Json out = {{"schema", kSchemaVersion},
+              {"interrupted", study.interrupted},
+              {"scenario", scenario_of(study)},
+              {"header", header_of(study)},
+              {"cells", cells},
+              {"rows", rows},
+              {"tables", aggregates},
+              {"skips", skips}};
+  if (study.cost) out["cost"] = cost_json(*study.cost);
+  return out;
 }
 
 void write_json(const Json& json, const std::string& path) {

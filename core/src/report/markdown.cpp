@@ -7,6 +7,7 @@
 #include <set>
 
 #include "lacuna/report/render.hpp"
+#include "report/cost_table.hpp"
 
 namespace lacuna {
 namespace {
@@ -227,7 +228,7 @@ std::string to_markdown(const StudyResult& study, const std::vector<Table>& tabl
   std::string out = header(study);
   for (const Table& table : tables) out += "\n" + TableWriter(table).text();
   if (!tables.empty()) out += std::string("\n") + kLegend;
-  return out + skips(study) + failures(study);
+  return out + cost_section(study) + skips(study) + failures(study);
 }
 
 }  // namespace lacuna

@@ -5,6 +5,7 @@
 #include <set>
 
 #include "lacuna/base/error.hpp"
+#include "study/cost.hpp"
 #include "study/expand.hpp"
 #include "study/roles.hpp"
 
@@ -36,11 +37,12 @@ class Loader {
 
   Scenario load() {
     const Json& root = document_.root;
-    check_keys(root, "", {"name", "trace", "run", "budget", "strategy", "exclude"});
+    check_keys(root, "", {"name", "trace", "run", "cost", "budget", "strategy", "exclude"});
     out_.name =
         root.contains("name") ? string_at(root["name"], "name") : std::filesystem::path(out_.path).stem().string();
     read_traces(table_at("trace"));
     read_run(table_at("run"));
+    out_.cost = read_cost(document_, out_.options.phases, out_.device == "cuda", overrides_.no_cost);
     read_budgets(table_at("budget"));
     check_exclusions(list_of_tables("exclude"));
     read_strategies(list_of_tables("strategy"));

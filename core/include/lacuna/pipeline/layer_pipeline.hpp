@@ -60,8 +60,15 @@ class LayerPipeline {
   Choice choose_for(const CallSpan& span, const ChooseOptions& options, const RangeVisitor& visit);
   /// Attention over a selection (null: everything): out, lse as Step's, memory of the cache's device. Enqueues only.
   AttentionWork attend_to(const CallSpan& span, const sdk::Selection* read, AttendOptions how, float* out, float* lse);
-  /// Brings side data up to date, as prefill() and step() do first.
-  void index(const CallSpan& span) { refresh_sides(span); }
+  /// Plans, and brings side data up to date, as prefill() and step() do first.
+  void index(const CallSpan& span) {
+    prepare(span, span.phase);
+    refresh_sides(span);
+  }
+  /// Indexes these units anew, dirty or not, after index(): what a token that is appended to them costs. Enqueues only.
+  void index_units(const CallSpan& span, const sdk::Dirty& units);
+  /// Tells the strategies that ask for it what was read (null: everything) and what came of it; memory of the device.
+  void attended(const CallSpan& span, const sdk::Selection* read, const float* out, const float* lse);
 
   bool evicts_while_decoding() const { return evict_ && evict_->plan().evict_every > 0; }
   const KvCache& cache() const { return cache_; }

@@ -12,7 +12,8 @@ namespace lacuna {
 std::string to_markdown(const StudyResult& study, const std::vector<Table>& tables);
 
 /// Everything: resolved scenario, header, cells, rows with their metrics summarised, tables, skips. Times stand under
-/// "time" of each row and nowhere else; the rest of two equal studies is equal.
+/// "time" of each row and under "cost", which is there only where a GPU was timed; the rest of two equal studies is
+/// equal.
 Json to_json(const StudyResult& study, const std::vector<Table>& tables);
 
 /// Shortest numbers that read back to the same bits; what is not finite as null. A temporary file beside it, then a

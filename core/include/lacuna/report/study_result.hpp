@@ -33,8 +33,9 @@ struct StudyResult {
   std::string device;  // Device::describe()
   BuildFacts build;
   std::vector<TraceFacts> traces;
-  std::vector<Row> rows;    // of all traces; Row::cell counts scenario.cells
-  std::vector<Skip> skips;  // of all traces; the same one may stand several times
+  std::vector<Row> rows;           // of all traces; Row::cell counts scenario.cells
+  std::vector<Skip> skips;         // of all traces; the same one may stand several times
+  std::optional<CostResult> cost;  // of the first trace; where a GPU was timed
   bool interrupted = false;
 };
 

@@ -6,6 +6,7 @@
 #include <vector>
 
 #include "lacuna/replay/replay.hpp"
+#include "lacuna/replay/timing.hpp"
 #include "lacuna/strategy/registry.hpp"
 
 namespace lacuna {
@@ -18,6 +19,7 @@ struct Overrides {
   std::vector<std::uint64_t> seed;
   std::optional<std::string> device;
   bool check = false;
+  bool no_cost = false;  // nothing is timed
 };
 
 struct Scenario {
@@ -25,6 +27,7 @@ struct Scenario {
   std::vector<std::string> traces;  // as paths that can be opened
   std::string device = "cpu";
   ReplayOptions options;  // phases, check, page_size, min_context, default_density
+  CostOptions cost;
   /// In the file's order; budgets, then seeds innermost; axes in name order, the last fastest. A cell without a
   /// stochastic strategy has the first seed alone.
   std::vector<Cell> cells;
