@@ -109,6 +109,8 @@ TEST_CASE("scenarios with mistakes") {
                 {"s.toml:4:10", "'page_size'"});
   check_refused(run_scenario("[[strategy]]\nselect = { name = \"quest\", page_size = 0 }\n"),
                 {"s.toml:4:10", "1..4096", "found 0"});
+  check_refused(run_scenario("cost.time = true\n[[strategy]]\nselect = \"quest\"\n"),
+                {"s.toml:3:", "needs a GPU", "device = \"cuda\"", "--no-cost"});
   check_refused(run_scenario("run.device = \"gpu\"\n[[strategy]]\nselect = \"quest\"\n"),
                 {"s.toml:3:14", "cpu or cuda"});
   check_refused(run_scenario("[[strategy]]\nevict = { name = \"snapkv\", cut = 289 }\n"), {"cut", "288"});

@@ -61,6 +61,12 @@ TEST_CASE("a study prints its tables and progress") {
   CHECK(run_lacuna({"run", study.path(), "--quiet"}).err == "");
 }
 
+TEST_CASE("--no-cost takes no times, even those that the machine has no GPU for") {
+  const Study study(std::string(kMethods) + "[cost]\ntime = true\n");
+  CHECK(run_lacuna({"run", study.path(), "--dry-run"}).says("needs a GPU"));
+  CHECK(run_lacuna({"run", study.path(), "--dry-run", "--no-cost"}).code == 0);
+}
+
 TEST_CASE("two runs with one seed differ in times alone") {
   const Study study(kMethods);
   const std::string a = study.directory.file("a.json"), b = study.directory.file("b.json");

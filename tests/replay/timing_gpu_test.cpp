@@ -1,7 +1,6 @@
 // The timing pass on a GPU: graphs, no allocation on the timed path, and the same selections whatever was called.
 #include <doctest/doctest.h>
 
-#include "lacuna/base/error.hpp"
 #include "replay/support.hpp"
 #include "replay/timing_bench.hpp"
 

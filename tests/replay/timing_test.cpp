@@ -4,7 +4,7 @@
 
 #include <algorithm>
 
-#include "lacuna/base/error.hpp"
+#include "replay/phase_run.hpp"
 #include "replay/support.hpp"
 #include "replay/timing_bench.hpp"
 
@@ -165,6 +165,26 @@ TEST_CASE("what a step reads is what the account of the choice says, before and 
     const Choice after = counted();
     REQUIRE(after.sets.size() == before.sets.size());
     for (std::size_t i = 0; i < after.sets.size(); ++i) CHECK(after.sets[i].slots == before.sets[i].slots);
+  }
+}
+
+TEST_CASE("a decode step comes after the eviction that replay makes") {
+  const Trace trace = Trace::open(kShipped);
+  TimedLayer layer(tiled(trace, 400), 400, 16, Dtype::bf16, cpu_device());
+  for (const char* name : {"snapkv", "h2o"}) {
+    CAPTURE(name);
+    const Cell cell = cell_of({{"evict", {{"name", name}, {"density", 0.25}}}});
+    SelectBench bench(layer, cell, ReplayPhase::decode, 1);
+    LayerPipeline replayed(roles_of(cell, ReplayPhase::decode), layer.setup(0), layer.cache(399), {});
+    std::vector<float> out(4 * 399 * 64), lse(4 * 399);
+    replayed.attend_to({Phase::prefill, -1, 0, 399}, nullptr, {}, out.data(), lse.data());
+    replayed.observe_prefill(out, lse);
+    replayed.evict_at_cut();
+    replayed.append(399, 1);
+    for (i32 h = 0; h < 2; ++h) {
+      CHECK(bench.pipeline(0).cache().positions(h) == replayed.cache().positions(h));
+      CHECK(replayed.cache().length(h) < 110);
+    }
   }
 }
 

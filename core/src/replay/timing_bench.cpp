@@ -3,7 +3,6 @@
 #include <algorithm>
 #include <chrono>
 
-#include "lacuna/base/error.hpp"
 #include "pipeline/row_math.hpp"
 #include "pipeline/selections.hpp"
 #include "replay/phase_run.hpp"
@@ -13,15 +12,13 @@ using namespace sdk;
 
 namespace {
 
-/// Evicts from the prompt that `pipeline` has cached, after telling it of the dense pass where it asks.
+/// Plans and indexes for an eviction after the prompt, and tells who asks for it of the dense pass over it.
 void show_prefill(LayerPipeline& pipeline, TimedLayer& layer, i64 tokens) {
+  const CallSpan span{Phase::prefill, -1, 0, tokens};
+  pipeline.index(span, Phase::decode);
   if (!pipeline.evict() || !pipeline.evict()->wants_attended()) return;
-  const i64 rows = layer.layer().num_qo_heads * tokens;
-  pipeline.attend_to({Phase::prefill, -1, 0, tokens}, nullptr, {}, layer.out(), layer.lse());
-  std::vector<float> out(static_cast<std::size_t>(rows * layer.layer().head_dim)), lse(static_cast<std::size_t>(rows));
-  layer.device()->copy_out(out.data(), layer.out(), out.size() * sizeof(float));
-  layer.device()->copy_out(lse.data(), layer.lse(), lse.size() * sizeof(float));
-  pipeline.observe_prefill(out, lse);
+  pipeline.attend_to(span, nullptr, {}, layer.out(), layer.lse());
+  pipeline.attended(span, nullptr, layer.out(), layer.lse());
 }
 
 Cost difference(const Cost& after, const Cost& before) {
@@ -80,7 +77,7 @@ SelectBench::SelectBench(TimedLayer& layer, const Cell& cell, ReplayPhase phase,
       pipeline->evict_at_cut();
     }
     if (decode) pipeline->append(tokens - 1, 1);
-    pipeline->index(span_);
+    pipeline->index(span_, span_.phase);
     pipelines_.push_back(std::move(pipeline));
   }
   std::vector<i32> sizes;
@@ -175,14 +172,12 @@ SelectBench::Work SelectBench::work() {
 
 EvictTimes time_evictions(TimedLayer& layer, const Cell& cell, int runs) {
   using Clock = std::chrono::steady_clock;
-  const CallSpan span{Phase::prefill, -1, 0, layer.tokens()};
   const LayerSetup setup = layer.setup(cell.seed);
   EvictTimes out{};
   std::vector<double> times;
   for (int i = 0; i <= runs; ++i) {
     LayerPipeline pipeline(roles_of(cell, ReplayPhase::evict), setup, layer.cache(layer.tokens()), quiet_options());
     show_prefill(pipeline, layer, layer.tokens());
-    pipeline.index(span);
     layer.device()->synchronize();
     const Cost before = pipeline.selection_cost();
     const Clock::time_point start = Clock::now();

@@ -60,9 +60,9 @@ class LayerPipeline {
   Choice choose_for(const CallSpan& span, const ChooseOptions& options, const RangeVisitor& visit);
   /// Attention over a selection (null: everything): out, lse as Step's, memory of the cache's device. Enqueues only.
   AttentionWork attend_to(const CallSpan& span, const sdk::Selection* read, AttendOptions how, float* out, float* lse);
-  /// Plans, and brings side data up to date, as prefill() and step() do first.
-  void index(const CallSpan& span) {
-    prepare(span, span.phase);
+  /// Plans (the select strategy for `select_phase`) and brings side data up to date, as prefill() and step() do first.
+  void index(const CallSpan& span, sdk::Phase select_phase) {
+    prepare(span, select_phase);
     refresh_sides(span);
   }
   /// Indexes these units anew, dirty or not, after index(): what a token that is appended to them costs. Enqueues only.
