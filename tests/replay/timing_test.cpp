@@ -138,13 +138,16 @@ TEST_CASE("copies exceed twice the L2 cache together") {
 
 TEST_CASE("what a step reads is what the account of the choice says, before and after it is called again") {
   const Trace trace = Trace::open(kShipped);
-  for (const char* phase_name : {"decode", "prefill"}) {
+  const std::string kDecode = "decode", kPrefill = "prefill";
+  for (const auto& [phase_name, gqa] : {std::pair(kDecode, "none"), {kDecode, "sum"}, {kPrefill, "none"}}) {
     CAPTURE(phase_name);
-    const ReplayPhase phase = phase_name == std::string("decode") ? ReplayPhase::decode : ReplayPhase::prefill;
+    CAPTURE(gqa);
+    const ReplayPhase phase = phase_name == kDecode ? ReplayPhase::decode : ReplayPhase::prefill;
     TimedLayer layer(tiled(trace, 700), 700, 16, Dtype::bf16, cpu_device());
     const Cell cell = cell_of({{"select",
                                 {{"name", phase == ReplayPhase::decode ? "quest" : "block_topk"},
                                  {"density", 0.25},
+                                 {"gqa", gqa},
                                  {"dense_layers", Json::array()}}}});
     SelectBench bench(layer, cell, phase, 2);
     ChooseOptions counting;
@@ -242,6 +245,9 @@ TEST_CASE("the pass: a row a cell and phase after dense attention, an error wher
   CHECK(result.rows[5].flops == 4.0 * 64 * 4 * 400);
   CHECK(result.rows[0].flops == 4.0 * 64 * 4 * (400 * 401 / 2));
   CHECK(result.rows[8].flags == std::vector<std::string>{"evicts-while-decoding"});
+  // snapkv keeps a quarter of 399 tokens a head and decodes over those and the new one, at no cost of its own.
+  CHECK(result.rows[7].flops == 4.0 * 64 * 4 * 101);
+  CHECK(result.rows[7].bytes == 2 * 101 * 256);
   // h2o keeps a quarter of 399 tokens, and its decode step reads those and the new one.
   CHECK(result.rows[8].flops >= 4.0 * 64 * 4 * 101);
   CHECK(result.rows[8].bytes < result.rows[5].bytes);
