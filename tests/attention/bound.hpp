@@ -14,6 +14,8 @@
 
 namespace lacuna::test {
 
+constexpr float kUnwritten = 77.f;
+
 struct Result {
   std::vector<float> out, lse;
   AttentionWork work;
@@ -21,7 +23,9 @@ struct Result {
 
 inline Result run(const Attention& a) {
   const auto rows = static_cast<std::size_t>(a.q.seqs * a.q.heads * a.q.count);
-  Result r{std::vector<float>(rows * static_cast<std::size_t>(a.q.head_dim), 77.f), std::vector<float>(rows, 77.f), {}};
+  Result r{std::vector<float>(rows * static_cast<std::size_t>(a.q.head_dim), kUnwritten),
+           std::vector<float>(rows, kUnwritten),
+           {}};
   r.work = attend(a, r.out.data(), r.lse.data());
   return r;
 }
@@ -132,5 +136,14 @@ inline double worst_excess_of_query(const Attention& a, const Result& x, i64 seq
   const i64 at = (seq * a.q.heads + head) * a.q.count + i;
   return worst_excess(x.out.data() + at * a.q.head_dim, x.lse.data() + at, brute_force(a, seq, head, i), a.q.head_dim);
 }
+
+/// The CPU, as cases.hpp and trace_cases.hpp take a device.
+struct CpuSide {
+  static constexpr bool kCountsWork = true;
+  static constexpr double kLse = 1e-5;
+  static constexpr i64 kShippedQueries = 130, kFurtherQueries = 130;
+  static Result run(const Attention& a) { return test::run(a); }
+  static double excess(const Result& r, const Reference& exact, i64 d) { return worst_excess(r, exact, d); }
+};
 
 }  // namespace lacuna::test

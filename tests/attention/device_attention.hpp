@@ -14,8 +14,6 @@
 
 namespace lacuna::test {
 
-constexpr float kUnwritten = 77.f;
-
 /// The host call stays alive elsewhere; `attention` points to the copies.
 class DeviceAttention {
  public:
@@ -127,10 +125,13 @@ inline double worst_error(const Result& r, const Reference& exact, i64 head_dim)
   return worst;
 }
 
-/// The GPU against the fp64 oracle on the same data.
-inline double worst_error(const Attention& host) {
-  DeviceAttention call(host);
-  return worst_error(call.run(), oracle(host), host.layer.head_dim);
-}
+/// The GPU, as cases.hpp and trace_cases.hpp take a device.
+struct GpuSide {
+  static constexpr bool kCountsWork = false;
+  static constexpr double kLse = 2e-3;
+  static constexpr i64 kShippedQueries = 1 << 20, kFurtherQueries = 300;
+  static Result run(const Attention& a) { return DeviceAttention(a).run(); }
+  static double excess(const Result& r, const Reference& exact, i64 d) { return worst_error(r, exact, d); }
+};
 
 }  // namespace lacuna::test

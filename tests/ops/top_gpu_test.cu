@@ -1,15 +1,13 @@
 #include <cstring>
-#include <numeric>
 
 #include "lacuna/base/error.hpp"
 #include "ops/gpu_fixture.hpp"
+#include "ops/top_cases.hpp"
 
 using namespace lacuna;
 using namespace lacuna::test;
 
 namespace {
-
-constexpr float kInf = std::numeric_limits<float>::infinity();
 
 std::vector<float> softmax_like(i64 n, unsigned seed, float spread) {
   std::vector<float> out = random_floats(n, seed, spread);
@@ -19,73 +17,34 @@ std::vector<float> softmax_like(i64 n, unsigned seed, float spread) {
   return out;
 }
 
-// Rows of many kinds; what lies past a row's end must not be read.
-std::vector<std::vector<float>> inputs() {
-  std::mt19937 rng(1);
-  std::vector<std::vector<float>> out;
-  out.push_back(random_floats(5000, 2));
-  out.push_back(std::vector<float>(3000, 1.5f));  // all equal
-  std::vector<float> few(4000), close(4000), odd(1000);
-  for (float& x : few) x = static_cast<float>(rng() % 5);
-  for (float& x : close) x = 1.f + static_cast<float>(rng() % 4096) * 0x1p-23f;  // differ in the last digits alone
-  for (float& x : odd) {
-    const float kinds[] = {kInf, -kInf, 0.f, -0.f, std::numeric_limits<float>::quiet_NaN(), -3.f, 1e-42f, -1e38f, 7.f};
-    x = kinds[rng() % 9];
-  }
-  out.push_back(few);
-  out.push_back(close);
-  out.push_back(odd);
-  out.push_back(std::vector<float>(100, -kInf));
-  out.push_back({4.f});
-  out.push_back({});
-  out.push_back(softmax_like(4097, 3, 3.f));
-  out.push_back(softmax_like(8192, 4, 1.f));
-  return out;
-}
-
-struct Rows {
-  explicit Rows(const std::vector<std::vector<float>>& content, i64 stride) : stride(stride) {
-    values.assign(content.size() * static_cast<std::size_t>(stride), 1e9f);
-    for (std::size_t r = 0; r < content.size(); ++r) {
-      std::copy(content[r].begin(), content[r].end(),
-                values.begin() + static_cast<std::ptrdiff_t>(r * static_cast<std::size_t>(stride)));
-      n.push_back(static_cast<i32>(content[r].size()));
+/// The GPU; every call twice, to the same lists.
+class GpuTop {
+ public:
+  GpuTop() : cache_({consecutive(1)}, 8), gpu_({0, 1, 1, 1, 8, 1.f, 0}, cache_, 1, 1), own_(gpu_.kept.size()) {}
+  std::vector<std::vector<i32>> take(const TopRows& rows, const std::vector<i32>* k, double p) {
+    const float* values = gpu_.put(rows.values);
+    const i32 *n = gpu_.put(rows.n), *cap = k ? gpu_.put(*k) : nullptr;
+    std::vector<std::vector<i32>> first;
+    for (int repeat = 0; repeat < 2; ++repeat) {
+      i32* out = gpu_.put(std::vector<i32>(rows.values.size(), kUntaken));
+      i32* count = gpu_.put(std::vector<i32>(rows.n.size(), kUntaken));
+      REQUIRE(call_top(gpu_.ops, rows, values, n, cap, p, out, count, &gpu_.error) == 0);
+      auto lists =
+          taken_lists(rows, gpu_.get(out, static_cast<i64>(rows.values.size())), gpu_.get(count, rows.count()));
+      if (repeat == 0)
+        first = std::move(lists);
+      else
+        CHECK(lists == first);
     }
+    gpu_.kept.resize(own_);  // the arrays of this call are done with
+    return first;
   }
-  i32 count() const { return static_cast<i32>(n.size()); }
-  i64 stride;
-  std::vector<float> values;
-  std::vector<i32> n;
+
+ private:
+  PagedFixture cache_;
+  GpuFixture gpu_;
+  std::size_t own_;
 };
-
-// topk (p < 0) or topp on both sides; the first row that differs, -1 if none does.
-int first_difference(OpsFixture& cpu, GpuFixture& gpu, const Rows& rows, const std::vector<i32>* k, double p) {
-  const std::size_t size = rows.values.size();
-  std::vector<i32> out(size, -1), count(rows.n.size(), -1);
-  const auto run = [&](sdk::Ops& ops, const float* v, const i32* n, const i32* cap, i32* o, i32* c, sdk::Error* e) {
-    if (p < 0) return ops.topk(v, rows.count(), rows.stride, n, cap, o, c, rows.stride, e);
-    return ops.topp(v, rows.count(), rows.stride, n, cap, p, o, c, rows.stride, e);
-  };
-  REQUIRE(run(cpu.ops, rows.values.data(), rows.n.data(), k ? k->data() : nullptr, out.data(), count.data(),
-              &cpu.error) == 0);
-  const float* values = gpu.put(rows.values);
-  const i32 *n = gpu.put(rows.n), *cap = k ? gpu.put(*k) : nullptr;
-  for (int repeat = 0; repeat < 2; ++repeat) {
-    i32* taken = gpu.put(std::vector<i32>(size, -1));
-    i32* taken_count = gpu.put(std::vector<i32>(rows.n.size(), -1));
-    REQUIRE(run(gpu.ops, values, n, cap, taken, taken_count, &gpu.error) == 0);
-    const auto found = gpu.get(taken, static_cast<i64>(size));
-    const auto found_count = gpu.get(taken_count, rows.count());
-    for (int r = 0; r < rows.count(); ++r) {
-      const std::size_t at = static_cast<std::size_t>(r * rows.stride), row = static_cast<std::size_t>(r);
-      if (found_count[row] != count[row] ||
-          std::memcmp(found.data() + at, out.data() + at, static_cast<std::size_t>(rows.stride) * sizeof(i32)) != 0)
-        return r;
-    }
-  }
-  gpu.kept.resize(6);  // the arrays of this comparison are done with
-  return -1;
-}
 
 struct Sides {
   Sides() : cache({consecutive(1)}, 8), cpu({0, 1, 1, 1, 8, 1.f, 0}, cache.view()), gpu(cpu.call.layer, cache, 1, 1) {}
@@ -94,72 +53,45 @@ struct Sides {
   GpuFixture gpu;
 };
 
+void check_same_topp(const TopRows& rows, double p, const std::vector<i32>* cap) {
+  CAPTURE(p);
+  GpuTop gpu;
+  CpuTop cpu;
+  CHECK(gpu.take(rows, cap, p) == cpu.take(rows, cap, p));
+}
+
 }  // namespace
 
-TEST_CASE("GPU: topk takes what the CPU takes") {
-  Sides s;
-  for (const i64 stride : {8193, 9000}) {
-    const Rows rows(inputs(), stride);
-    for (const i32 k : {0, 1, 2, 99, 1000, 2999, 8191, 9001}) {
-      CAPTURE(k);
-      const std::vector<i32> ks(rows.n.size(), k);
-      CHECK(first_difference(s.cpu, s.gpu, rows, &ks, -1.) == -1);
-    }
-  }
-  const Rows small({{3.f, 1.f, 3.f, 2.f}, {1.f}, std::vector<float>(257, 0.f)}, 300);  // few threads
-  for (const i32 k : {1, 2, 3, 300}) {
-    const std::vector<i32> ks(3, k);
-    CHECK(first_difference(s.cpu, s.gpu, small, &ks, -1.) == -1);
-  }
-}
+TEST_CASE_TEMPLATE_INVOKE(topk_exact, GpuTop);
+TEST_CASE_TEMPLATE_INVOKE(topp_prefix, GpuTop);
 
 TEST_CASE("GPU: topk of long rows") {
-  Sides s;
+  GpuTop gpu;
   std::vector<float> ties = random_floats(131072, 7);
   for (float& x : ties) x = std::round(x * 20.f);
-  const Rows rows({random_floats(131071, 5), softmax_like(131072, 6, 2.f), ties}, 131072);
-  for (const i32 k : {1, 2048, 13107, 131072}) {
-    CAPTURE(k);
-    const std::vector<i32> ks(3, k);
-    CHECK(first_difference(s.cpu, s.gpu, rows, &ks, -1.) == -1);
-  }
-  const Rows million({random_floats(1 << 20, 8)}, 1 << 20);
-  for (const i32 k : {3, 100000, 1 << 20}) {
-    const std::vector<i32> ks(1, k);
-    CHECK(first_difference(s.cpu, s.gpu, million, &ks, -1.) == -1);
-  }
+  const TopRows rows({random_floats(131071, 5), softmax_like(131072, 6, 2.f), ties}, 131072);
+  for (const i32 k : {1, 2048, 13107, 131072}) check_topk(gpu, rows, k);
+  const TopRows million({random_floats(1 << 20, 8)}, 1 << 20);
+  for (const i32 k : {3, 100000, 1 << 20}) check_topk(gpu, million, k);
 }
 
-TEST_CASE("GPU: topp takes what the CPU takes") {
-  Sides s;
-  std::vector<std::vector<float>> content = inputs();
-  std::mt19937 rng(4);
-  for (int kind = 0; kind < 4; ++kind) {  // whole numbers over a power of two: sums are exact, and meet p = 0.5
-    std::vector<float> x(2001);
-    for (float& v : x)
-      v = static_cast<float>(kind == 0   ? 1u
-                             : kind == 1 ? rng() % 4
-                             : kind == 2 ? rng() % 100000
-                                         : 1u << (rng() % 16)) *
-          0x1p-20f;
-    x[7] = -kInf;
-    content.push_back(x);
-  }
-  content.push_back(std::vector<float>(3, 0.f));
-  const Rows rows(content, 8193);
+TEST_CASE("GPU: topp of sums that round takes what the CPU takes") {
+  std::vector<std::vector<float>> content = awkward_rows();
+  content.push_back(softmax_like(4097, 3, 3.f));
+  content.push_back(softmax_like(8192, 4, 1.f));
+  const TopRows rows(content, 8193);
+  const std::vector<i32> cap(rows.n.size(), 10);
   for (const double p : {0., 1e-9, 0.3, 0.5, 0.85, 0.95, 0.999, 1.}) {
-    CAPTURE(p);
-    CHECK(first_difference(s.cpu, s.gpu, rows, nullptr, p) == -1);
-    const std::vector<i32> cap(rows.n.size(), 10);
-    CHECK(first_difference(s.cpu, s.gpu, rows, &cap, p) == -1);
+    check_same_topp(rows, p, nullptr);
+    check_same_topp(rows, p, &cap);
   }
-  const Rows long_rows({softmax_like(131072, 6, 2.f), softmax_like(100001, 9, 4.f)}, 131072);
-  for (const double p : {0.5, 0.9, 0.99, 1.}) CHECK(first_difference(s.cpu, s.gpu, long_rows, nullptr, p) == -1);
+  const TopRows long_rows({softmax_like(131072, 6, 2.f), softmax_like(100001, 9, 4.f)}, 131072);
+  for (const double p : {0.5, 0.9, 0.99, 1.}) check_same_topp(long_rows, p, nullptr);
 }
 
 TEST_CASE("GPU: top_mass takes what the CPU takes") {
   Sides s;
-  std::vector<std::vector<float>> content = inputs();
+  std::vector<std::vector<float>> content = awkward_rows();
   content.push_back({0.f, -0.f, 0.25f, -kInf, 0.25f, 0.f});
   content.push_back(softmax_like(100001, 9, 4.f));
   content.push_back(std::vector<float>(100000, 0x1p-20f));
@@ -167,7 +99,7 @@ TEST_CASE("GPU: top_mass takes what the CPU takes") {
     for (float& v : x)  // few digits, so that sums are exact on both sides
       if (std::isfinite(v)) v = std::round(v * 0x1p20f) * 0x1p-20f;
   for (const i64 stride : {100001, 100352}) {
-    const Rows rows(content, stride);
+    const TopRows rows(content, stride);
     for (const double share : {-1., 0., 1e-6, 0.3, 0.5, 0.95, 1., 2.}) {
       CAPTURE(share);
       std::vector<double> target;
@@ -195,14 +127,14 @@ TEST_CASE("GPU: top_mass takes what the CPU takes") {
 
 TEST_CASE("GPU: rank_normalise writes the CPU's bits, whatever number of rows the workspace holds") {
   Sides s;
-  std::vector<std::vector<float>> content = inputs();
+  std::vector<std::vector<float>> content = awkward_rows();
   content.push_back(random_floats(100003, 11));
   content.push_back(std::vector<float>(100000, -0.f));
   std::vector<float> zeros(9999);
   for (std::size_t i = 0; i < zeros.size(); ++i) zeros[i] = i % 3 == 0 ? 0.f : i % 3 == 1 ? -0.f : -kInf;
   content.push_back(zeros);
-  const Rows rows(content, 100003);
-  Rows expected = rows;
+  const TopRows rows(content, 100003);
+  TopRows expected = rows;
   s.cpu.ops.rank_normalise(expected.values.data(), rows.count(), rows.stride, rows.n.data());
   const i32* n = s.gpu.put(rows.n);
   for (const i64 room : {1, 3, 32}) {

@@ -4,7 +4,6 @@
 #include <algorithm>
 #include <cmath>
 #include <cstring>
-#include <filesystem>
 #include <set>
 
 #include "lacuna/attention/attention.hpp"
@@ -13,6 +12,7 @@
 #include "lacuna/replay/layer_replay.hpp"
 #include "lacuna/trace/safetensors.hpp"
 #include "replay/support.hpp"
+#include "scratch_directory.hpp"
 
 using namespace lacuna;
 using namespace lacuna::testing;
@@ -41,16 +41,14 @@ const Trace& trace() {
 /// A written dump, read back.
 class Dumped {
  public:
-  Dumped(const Json& roles, ReplayPhase phase)
-      : path_(std::filesystem::temp_directory_path() / "lacuna_dump_test.safetensors") {
+  Dumped(const Json& roles, ReplayPhase phase) {
     DumpOptions options;
     options.phase = phase;
     options.layer = kLayer;
     options.cells = options.scores = options.check = true;
-    dump(trace(), cell_of(roles), options, path_.string());
-    file_ = std::make_unique<SafetensorsFile>(path_.string());
+    dump(trace(), cell_of(roles), options, directory_.file("dump.safetensors"));
+    file_ = std::make_unique<SafetensorsFile>(directory_.file("dump.safetensors"));
   }
-  ~Dumped() { std::filesystem::remove(path_); }
 
   bool has(const std::string& name) const { return file_->tensors().count(name) > 0; }
   const StoredTensor& tensor(const std::string& name) const {
@@ -75,7 +73,7 @@ class Dumped {
   }
 
  private:
-  std::filesystem::path path_;
+  ScratchDirectory directory_;
   std::unique_ptr<SafetensorsFile> file_;
 };
 

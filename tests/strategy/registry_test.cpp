@@ -2,40 +2,31 @@
 
 #include <doctest/doctest.h>
 #include <elf.h>
-#include <unistd.h>
 
 #include <cstdlib>
 #include <cstring>
 #include <filesystem>
-#include <fstream>
-#include <iterator>
 #include <map>
 #include <set>
 
 #include "expect_error.hpp"
 #include "lacuna/strategy/library_id.hpp"
+#include "scratch_directory.hpp"
 
 namespace {
 namespace fs = std::filesystem;
 using lacuna::Registry;
+using lacuna::testing::read_bytes;
 
 const std::string kPlugins = LACUNA_TEST_PLUGINS;
 std::string plugin(const std::string& name) { return kPlugins + "/" + name + ".so"; }
 
-struct Scratch {
-  fs::path path = fs::temp_directory_path() / ("lacuna_registry_test_" + std::to_string(getpid()));
-  Scratch() { fs::create_directories(path); }
-  ~Scratch() { fs::remove_all(path); }
+struct Scratch : lacuna::testing::ScratchDirectory {
   std::string file(const std::string& name, const std::string& content) const {
-    std::ofstream(path / name, std::ios::binary) << content;
-    return (path / name).string();
+    lacuna::testing::write_bytes(ScratchDirectory::file(name), content);
+    return ScratchDirectory::file(name);
   }
 };
-
-std::string content_of(const std::string& path) {
-  std::ifstream file(path, std::ios::binary);
-  return {std::istreambuf_iterator<char>(file), {}};
-}
 
 std::set<std::string> names(const Registry& registry) {
   std::set<std::string> out;
@@ -103,7 +94,7 @@ TEST_CASE("parameters: own ones first, then the shared ones that apply") {
 
 TEST_CASE("what is not a plug-in is refused with one clear error") {
   const Scratch scratch;
-  const std::string sample = content_of(plugin("sample"));
+  const std::string sample = read_bytes(plugin("sample"));
   Registry registry;
   const auto load = [&](const std::string& path) { return [&registry, path] { registry.load(path); }; };
   expect_error(load(kPlugins + "/missing.so"), {"no such plug-in", "missing.so"});
@@ -158,8 +149,8 @@ TEST_CASE("a directory: bad libraries are reported, the others load") {
 
 TEST_CASE("the standard places") {
   const Scratch scratch;
-  fs::copy_file(plugin("twin_a"), scratch.path / "twin.so");
-  setenv("LACUNA_PLUGIN_PATH", (scratch.path.string() + "::" + scratch.path.string() + "/nowhere").c_str(), 1);
+  fs::copy_file(plugin("twin_a"), fs::path(scratch.path()) / "twin.so");
+  setenv("LACUNA_PLUGIN_PATH", (scratch.path() + "::" + scratch.path() + "/nowhere").c_str(), 1);
   Registry registry;
   registry.load_standard({kPlugins});
   unsetenv("LACUNA_PLUGIN_PATH");
@@ -186,11 +177,11 @@ TEST_CASE("an unknown name: the nearest ones") {
 
 TEST_CASE("library ids: of what is loaded, and of nothing else") {
   const Scratch scratch;
-  const std::string original = content_of(plugin("twin_a"));
+  const std::string original = read_bytes(plugin("twin_a"));
   const std::string id = lacuna::library_id(plugin("twin_a"));
   CHECK(id.size() == 16);
   CHECK(lacuna::library_id(scratch.file("copy.so", original)) == id);
-  CHECK(original != content_of(plugin("twin_b")));
+  CHECK(original != read_bytes(plugin("twin_b")));
   CHECK(lacuna::library_id(plugin("twin_b")) == id);  // only the build id differs
   CHECK(lacuna::library_id(plugin("sample")) != id);
 

@@ -1,14 +1,12 @@
 #include <doctest/doctest.h>
-#include <unistd.h>
 
 #include <cmath>
-#include <filesystem>
-#include <fstream>
 #include <string>
 #include <vector>
 
 #include "expect_error.hpp"
 #include "lacuna/strategy/instance.hpp"
+#include "scratch_directory.hpp"
 
 namespace {
 using lacuna::BudgetSpec;
@@ -187,12 +185,10 @@ TEST_CASE("what the core reads of a resolved strategy") {
 }
 
 TEST_CASE("class tables from a TOML file") {
-  namespace fs = std::filesystem;
-  const fs::path directory = fs::temp_directory_path() / ("lacuna_resolve_test_" + std::to_string(getpid()));
-  fs::create_directories(directory);
+  const lacuna::testing::ScratchDirectory directory;
   const auto given = [&](const std::string& text) {
-    std::ofstream(directory / "heads.toml") << text;
-    return resolved({{"name", "echo"}, {"classes", "heads.toml"}}, kSelect, directory.string()).own["classes"].dump();
+    lacuna::testing::write_bytes(directory.file("heads.toml"), text);
+    return resolved({{"name", "echo"}, {"classes", "heads.toml"}}, kSelect, directory.path()).own["classes"].dump();
   };
   CHECK(given("[layer.10]\nfull = [1]\n[layer.3]\nfull = [2, 0]\n") == R"({"3":[0,2],"10":[1]})");
   CHECK(given("[layer]\n3 = { full = [] }\n") == R"({"3":[]})");
@@ -200,5 +196,4 @@ TEST_CASE("class tables from a TOML file") {
   expect_error([&] { given("[layer.3]\nfull = [0.5]\n"); }, {"'classes'", "layer 3", "heads.toml"});
   expect_error([&] { given("[layer.3]\nfool = [0]\n"); }, {"full", "fool", "heads.toml"});
   expect_error([&] { given("[layers.3]\nfull = [0]\n"); }, {"[layer.N]", "heads.toml"});
-  fs::remove_all(directory);
 }

@@ -1,17 +1,12 @@
 // Scenario files that vanish with the test, and the strategies that come with the build.
 #pragma once
 
-#include <unistd.h>
-
-#include <doctest/doctest.h>
-
-#include <filesystem>
-#include <fstream>
 #include <string>
 #include <vector>
 
 #include "lacuna/base/error.hpp"
 #include "lacuna/study/scenario.hpp"
+#include "scratch_directory.hpp"
 
 namespace lacuna::testing {
 
@@ -26,19 +21,12 @@ inline const Registry& built_ins() {
 
 class ScenarioFile {
  public:
-  explicit ScenarioFile(const std::string& text) {
-    std::string name = (std::filesystem::temp_directory_path() / "lacuna-study-XXXXXX").string();
-    REQUIRE(mkdtemp(name.data()) != nullptr);
-    directory_ = name;
-    std::ofstream(path()) << text;
-  }
-  ScenarioFile(const ScenarioFile&) = delete;
-  ~ScenarioFile() { std::filesystem::remove_all(directory_); }
-  std::string path() const { return (directory_ / "s.toml").string(); }
-  std::string directory() const { return directory_.string(); }
+  explicit ScenarioFile(const std::string& text) { write_bytes(path(), text); }
+  std::string path() const { return scratch_.file("s.toml"); }
+  std::string directory() const { return scratch_.path(); }
 
  private:
-  std::filesystem::path directory_;
+  ScratchDirectory scratch_;
 };
 
 /// A scenario from its text, after `[trace] files = ["t.safetensors"]` and a line break.
