@@ -3,7 +3,8 @@
 //   per page and channel:  m, M = min, max of the page's keys          (updated as tokens arrive)
 //   score(page)          = sum_d max(q_d * m_d, q_d * M_d)             (an upper bound of q . k, unscaled)
 //   the current page is always read and not ranked, inside the budget; the best pages fill the rest.
-// Preset sparse_frontier has that study's layers and shared pages; the study reads the current page on top of the budget.
+// Preset sparse_frontier has that study's layers and shared pages; the study reads the current page on top of the
+// budget.
 #include <lacuna/sdk.hpp>
 
 namespace {
