@@ -2,6 +2,7 @@
 
 #include <cstring>
 
+using namespace lacuna;
 using namespace lacuna::test;
 
 TEST_CASE_TEMPLATE_INVOKE(topk_exact, CpuTop);
