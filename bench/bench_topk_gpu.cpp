@@ -2,6 +2,7 @@
 // timed. Bytes: one read of the values.
 #include "attention_problem.hpp"
 #include "gpu_timing.hpp"
+#include "lacuna/ops/cpu_ops.hpp"
 #include "lacuna/ops/cuda_ops.hpp"
 
 namespace {

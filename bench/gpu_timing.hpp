@@ -12,6 +12,7 @@
 #include "lacuna/device/clocks.hpp"
 #include "lacuna/device/peaks.hpp"
 #include "lacuna/device/timing.hpp"
+#include "lacuna/sdk/types.hpp"
 
 namespace lacuna::bench {
 

@@ -15,6 +15,7 @@ class CountingDevice final : public Device {
  public:
   bool on_device() const override { return true; }
   std::string describe() const override { return gpu_->describe(); }
+  std::size_t free_bytes() const override { return gpu_->free_bytes(); }
   void* allocate(std::size_t bytes) override {
     ++allocations;
     return gpu_->allocate(bytes);

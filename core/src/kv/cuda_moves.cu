@@ -91,7 +91,7 @@ struct LinearSlots {
 };
 
 constexpr int kGatherThreads = 512, kGatherRows = 8;
-constexpr i64 kSliceBytes = 64;
+constexpr i64 kSliceBytes = 32;
 
 /// Blocks (slices of a row, heads, arrays). A block owns its slice of all rows of a head, so it alone keeps the order
 /// that moving in place needs: it reads a batch of slots, all threads wait, and it writes them. A later batch reads

@@ -142,13 +142,16 @@ i64 tiles_of(const Attention& a, i32 q_tile) { return (a.q.count + q_tile - 1) /
 OracleRequest oracle_request(const Attention& a, const std::vector<RowSet>& sets, i32 q_tile) {
   const i64 tiles = tiles_of(a, q_tile), group = a.layer.group();
   OracleRequest request;
-  request.pairs.reserve(sets.size());
+  request.pairs.resize(sets.size());
+  request.exact_sinks.resize(sets.size());
+  request.exact_window.resize(sets.size());
+#pragma omp parallel for schedule(dynamic, 64)
   for (std::size_t row = 0; row < sets.size(); ++row) {
     const i64 head = static_cast<i64>(row) / tiles, tile = static_cast<i64>(row) % tiles;
     const i64 first = a.kv.length[head / group] - a.q.count;  // sequences hold whole groups, so this is the KV row
-    request.pairs.push_back(sets[row].pairs(first + tile * q_tile, first + std::min((tile + 1) * q_tile, a.q.count)));
-    request.exact_sinks.push_back(sets[row].exact_sinks);
-    request.exact_window.push_back(sets[row].exact_window);
+    request.pairs[row] = sets[row].pairs(first + tile * q_tile, first + std::min((tile + 1) * q_tile, a.q.count));
+    request.exact_sinks[row] = sets[row].exact_sinks;
+    request.exact_window[row] = sets[row].exact_window;
   }
   return request;
 }

@@ -4,6 +4,7 @@
 
 #include <algorithm>
 #include <cmath>
+#include <exception>
 #include <limits>
 #include <vector>
 
@@ -53,12 +54,32 @@ struct Row {
   }
 };
 
+/// f(r) for every row, by several threads; of the rows that are refused the first one counts.
+template <class F>
+void each_row(i64 rows, F f) {
+  i64 first = rows;
+  std::exception_ptr refused;
+#pragma omp parallel for schedule(dynamic, 64)
+  for (i64 r = 0; r < rows; ++r) {
+    try {
+      f(r);
+    } catch (...) {
+#pragma omp critical(lacuna_contract)
+      if (r < first) {
+        first = r;
+        refused = std::current_exception();
+      }
+    }
+  }
+  if (refused) std::rethrow_exception(refused);
+}
+
 }  // namespace
 
 void check_scores(const Culprit& who, const sdk::Scores& scores, sdk::ScoreKind kind, double row_mass) {
   constexpr double kSlack = 1e-3;
   const sdk::Rows& rows = scores.rows;
-  for (i64 r = 0; r < rows.count(); ++r) {
+  each_row(rows.count(), [&](i64 r) {
     const Row row{who, rows, r};
     i64 units = scores.units;
     // In prefill units after the tile's last query are ignored, whatever stands there: slots never exceed positions.
@@ -76,7 +97,7 @@ void check_scores(const Culprit& who, const sdk::Scores& scores, sdk::ScoreKind 
     if (kind == sdk::ScoreKind::mass && sum > (1 + kSlack) * row_mass) {
       row.refuse("sum of a row of scores of kind mass", fmt::format("at most {}", row_mass), fmt::to_string(sum));
     }
-  }
+  });
 }
 
 void check_budget(const Culprit& who, const sdk::Budget& budget, i64 total) {
@@ -105,7 +126,7 @@ void check_budget(const Culprit& who, const sdk::Budget& budget, i64 total) {
 }
 
 void check_selection(const Culprit& who, const sdk::Selection& s, const i64* visible) {
-  for (i64 r = 0; r < s.rows.count(); ++r) {
+  each_row(s.rows.count(), [&](i64 r) {
     const Row row{who, s.rows, r};
     const i32 pieces = s.piece_count[r], tokens = s.token_count[r], sinks = s.exact_sinks[r],
               window = s.exact_window[r];
@@ -125,7 +146,7 @@ void check_selection(const Culprit& who, const sdk::Selection& s, const i64* vis
       row.refuse("nothing to read", "at least one of the visible tokens",
                  fmt::format("an empty row that sees {} tokens", visible[r]));
     }
-  }
+  });
 }
 
 void check_kept(const Culprit& who, const sdk::Kept& kept, const i32* length) {
