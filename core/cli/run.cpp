@@ -134,7 +134,7 @@ CostResult time_study(const StudyResult& study, const Trace& trace, const std::s
     const std::string label =
         row.cell < 0 ? "dense attention" : study.scenario.cells[static_cast<std::size_t>(row.cell)].label;
     note(fmt::format("cost: {} {} at {} tokens{}", name_of(row.phase), label, row.tokens,
-                     row.error.empty() ? "" : ": not timed"));
+                     row.total ? "" : ": not timed"));
   };
   return time_cells(trace, study.scenario.cells, study.scenario.cost, timing);
 }

@@ -30,18 +30,17 @@ struct FakeMeter {
     meter.peaks.read_gb_s = 1;
     meter.peaks.gemm_tflop_s = 1;
     meter.peaks.l2_bytes = 64 << 10;
-    meter.peaks.free_bytes = std::size_t{1} << 40;
+    meter.free_bytes = [this] { return free_bytes; };
     meter.clocks = [] { return std::nullopt; };
     meter.time = [this](const Meter::Variants& variants, const TimingOptions& how) {
       for (int round = 0; round < 2; ++round)
         for (const auto& variant : variants) variant();
-      ++times;
       const double us = 1000.0 * static_cast<double>(variants.size());
       return Timing{us, us - 1, us + 1, how.runs, true, 7, false};
     };
   }
   Meter meter;
-  int times = 0;
+  std::size_t free_bytes = std::size_t{1} << 40;
 };
 
 CostResult pass(const Trace& trace, const std::vector<Cell>& cells, const CostOptions& options, const Meter& meter) {
@@ -261,7 +260,7 @@ TEST_CASE("a length that does not fit is refused with both figures, and the next
   CostOptions options = small_options(100000);
   options.shape.tokens = {100000, 200};
   options.phases = {ReplayPhase::decode};
-  fake.meter.peaks.free_bytes = std::size_t{64} << 20;
+  fake.free_bytes = std::size_t{64} << 20;
   const std::vector<Cell> cells = {
       cell_of({{"select", {{"name", "quest"}, {"density", 0.25}, {"dense_layers", Json::array()}}}})};
   const CostResult result = pass(trace, cells, options, fake.meter);

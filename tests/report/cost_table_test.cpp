@@ -43,7 +43,11 @@ MadeStudy timed_study() {
   failed.cell = 1;
   failed.tokens = 32768;
   failed.error = "out of device memory";
-  cost.rows = {dense, quest, evict, failed};
+  CostRow on_cpu;
+  on_cpu.tokens = 32768;
+  on_cpu.cell = 0;
+  on_cpu.untimed = "a strategy without code for the GPU";
+  cost.rows = {dense, quest, evict, failed, on_cpu};
   made.study.cost = cost;
   return made;
 }
@@ -64,7 +68,9 @@ TEST_CASE("the section on cost has a line a row, and what it was measured on") {
   CHECK(holds(text, "best dense kernel of this run: Lacuna's dense attention, decode at 32768 tokens 200 us"));
   CHECK(holds(text, "1500 to 1710 MHz of 1980; limited by: none; software power cap"));
   CHECK(holds(text, "memory: 32768 tokens: 2.00 GiB"));
-  CHECK(holds(text, "not timed:\n\n- snapkv, decode, 32768 tokens: out of device memory\n"));
+  CHECK(holds(text,
+              "not timed:\n\n- snapkv, decode, 32768 tokens: out of device memory\n- a\\|b, decode, 32768 tokens: a "
+              "strategy without code for the GPU\n"));
   CHECK(holds(to_markdown(made.study, tabulate(made.study)), text));
 }
 
@@ -72,7 +78,7 @@ TEST_CASE("the JSON has every time and what it stands beside, and nothing where 
   const MadeStudy made = timed_study();
   const Json json = to_json(made.study, {});
   const Json& rows = json["cost"]["rows"];
-  REQUIRE(rows.size() == 4);
+  REQUIRE(rows.size() == 5);
   CHECK(rows[0]["cell"] == "dense_attention");
   CHECK(rows[1]["cell"] == 0);
   CHECK(rows[1]["choice"]["median_us"] == 30);

@@ -148,6 +148,13 @@ Roles roles_of(const Cell& cell, ReplayPhase phase) {
   return roles;
 }
 
+bool runs_on_device(const Cell& cell) {
+  for (const auto* role : {&cell.select, &cell.evict, &cell.allocate})
+    for (const Resolved* r = *role ? &**role : nullptr; r; r = r->base.get())
+      if (!r->type->has_device_code()) return false;
+  return true;
+}
+
 PhaseQueries phase_queries(const TraceInfo& info, ReplayPhase phase, const std::string& cut) {
   switch (phase) {
     case ReplayPhase::prefill: return {0, info.prefill_tokens};

@@ -33,6 +33,9 @@ struct PhaseOptions {
 /// The roles that act in the phase, an allocator only where it serves one of them.
 Roles roles_of(const Cell& cell, ReplayPhase phase);
 
+/// Whether nvcc compiled every strategy of the cell.
+bool runs_on_device(const Cell& cell);
+
 /// Positions of a phase's queries; `cut` counts in evict alone.
 struct PhaseQueries {
   sdk::i64 begin, end;

@@ -67,14 +67,6 @@ struct Pending {
   std::vector<i64> kept;  // one cut, KV heads: the eviction oracle applies
 };
 
-/// Whether nvcc compiled every strategy of the cell.
-bool runs_on_device(const Cell& cell) {
-  for (const auto* role : {&cell.select, &cell.evict, &cell.allocate})
-    for (const Resolved* r = *role ? &**role : nullptr; r; r = r->base.get())
-      if (!r->type->has_device_code()) return false;
-  return true;
-}
-
 /// Everything that is replayed on one layer.
 class LayerRun {
  public:

@@ -7,6 +7,7 @@
 #include "lacuna/base/error.hpp"
 #include "lacuna/pipeline/budget.hpp"
 #include "lacuna/replay/replay.hpp"
+#include "replay/phase_run.hpp"
 #include "replay/timing_bench.hpp"
 
 namespace lacuna {
@@ -49,6 +50,10 @@ class LengthRun {
 
   CostRow cell(const Cell& cell, int index, ReplayPhase phase, const CostRow* dense) {
     return timed(index, phase, [&](CostRow& row) {
+      if (layer_.device()->on_device() && !runs_on_device(cell)) {
+        row.untimed = "a strategy without code for the GPU";
+        return;
+      }
       if (is_clairvoyant(cell.select) || is_clairvoyant(cell.evict)) row.flags.emplace_back("clairvoyant");
       if (keeps_dense(cell, phase)) row.flags.emplace_back("dense-layer");
       if (phase == ReplayPhase::evict) {
@@ -158,7 +163,7 @@ CostResult time_cells_with(const Trace& trace, const std::vector<Cell>& cells, c
       const MemoryPlan memory =
           timing_memory(options, tokens, run.page_size, meter.peaks.l2_bytes, run.device->on_device());
       result.memory.push_back(fmt::format("{} tokens: {}", tokens, memory.describe()));
-      memory.require(meter.peaks.free_bytes, fmt::format("[cost] shape, {} tokens", tokens));
+      memory.require(meter.free_bytes(), fmt::format("[cost] shape, {} tokens", tokens));
       TiledLayer tiled = tile_layer(trace, index, options.shape, tokens, options.dtype);
       result.source = tiled.source;
       LengthRun length(tiled, tokens, options, run, meter);
@@ -200,6 +205,7 @@ CostResult time_cells(const Trace& trace, const std::vector<Cell>& cells, const 
     return result;
   }
   meter.clocks = [] { return read_clocks(0); };
+  meter.free_bytes = [&device] { return device.free_bytes(); };
   // Flushed besides: a sparse step touches less of its copy than the L2 cache holds.
   meter.time = [&device](const Meter::Variants& variants, const TimingOptions& how) {
     return time_work(device, variants, true, how);

@@ -15,6 +15,7 @@ struct Meter {
   DevicePeaks peaks{};
   std::function<Timing(const Variants&, const TimingOptions&)> time;
   std::function<std::optional<Clocks>()> clocks;
+  std::function<std::size_t()> free_bytes;  // of the device, now
 };
 
 /// What attention reads of one selection, counted from its lists.

@@ -130,14 +130,14 @@ std::string cost_section(const StudyResult& study) {
   std::string out = "\n## Cost on " + cost.device + "\n\n" + header(cost);
   std::string table, failed;
   for (const CostRow& row : cost.rows) {
-    if (row.error.empty()) {
+    if (row.total) {
       table += line(study, row);
       continue;
     }
     const std::string label =
         row.cell < 0 ? "dense attention" : study.scenario.cells[static_cast<std::size_t>(row.cell)].label;
-    failed +=
-        fmt::format("- {}, {}, {} tokens: {}\n", escaped(label), name_of(row.phase), row.tokens, escaped(row.error));
+    failed += fmt::format("- {}, {}, {} tokens: {}\n", escaped(label), name_of(row.phase), row.tokens,
+                          escaped(row.error.empty() ? row.untimed : row.error));
   }
   if (!table.empty())
     out +=
@@ -158,6 +158,7 @@ Json cost_json(const CostResult& cost) {
                     {"phase", name_of(r.phase)},
                     {"tokens", r.tokens},
                     {"error", r.error.empty() ? Json() : Json(r.error)},
+                    {"untimed", r.untimed.empty() ? Json() : Json(r.untimed)},
                     {"total", timing_json(r.total)},
                     {"choice", timing_json(r.choice)},
                     {"attention", timing_json(r.attention)},

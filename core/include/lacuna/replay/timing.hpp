@@ -36,7 +36,8 @@ struct CostRow {
   int cell = -1;  // -1: dense attention
   ReplayPhase phase = ReplayPhase::decode;
   sdk::i64 tokens = 0;
-  std::string error;            // empty where it was timed
+  std::string error;            // empty unless it failed
+  std::string untimed;          // why there can be no time though nothing failed, or empty
   std::optional<Timing> total;  // choose and attend; evict: score, allocate and compact, the host's part included
   std::optional<Timing> choice, attention;  // of a selection, each alone
   std::optional<Timing> index;              // side data of one appended token
