@@ -110,9 +110,9 @@ class Stage final : public sdk::Services {
       cudaGraph_t graph = nullptr;
       cudaGraphExec_t exec = nullptr;
       REQUIRE(cudaStreamBeginCapture(stream, cudaStreamCaptureModeThreadLocal) == cudaSuccess);
-      used_ = 0;
+      used_ = asked_ = 0;
       instance_.index(*this, dirty);
-      used_ = 0;
+      used_ = asked_ = 0;
       instance_.score(*this, scores);
       REQUIRE(cudaStreamEndCapture(stream, &graph) == cudaSuccess);
       REQUIRE(cudaGraphInstantiate(&exec, graph, 0) == cudaSuccess);
@@ -198,7 +198,8 @@ class Stage final : public sdk::Services {
       return fail(error, "no such state");
     }
     const i64 size = (bytes + 255) / 256 * 256;
-    if (used_ + size > plan_.workspace_bytes) return fail(error, "the workspace is too small");
+    if (asked_ + bytes > plan_.workspace_bytes) return fail(error, "the workspace is too small");
+    asked_ += bytes;
     *out = {workspace_.data() + used_, sdk::Dtype::u8, 1, {bytes, 0, 0, 0}, {1, 0, 0, 0}};
     device_->fill(out->data, 0, static_cast<std::size_t>(size));
     used_ += size;
@@ -320,7 +321,7 @@ class Stage final : public sdk::Services {
     if (entry_.plan) call([&] { instance_.plan(*this, plan_); });
     if (call_.phase == Phase::decode || call_.purpose == Purpose::evict) plan_.q_tile = 1;
     if (call_.purpose == Purpose::evict) plan_.unit_tokens = 1;
-    workspace_ = Array<std::byte>(device_, plan_.workspace_bytes);
+    workspace_ = Array<std::byte>(device_, plan_.workspace_bytes + 64 * 256);  // alignment is not the strategy's
     for (i32 i = 0; i < plan_.num_sides; ++i) cache_.add_side(plan_.sides[i]);
     for (i32 i = 0; i < plan_.num_states; ++i) {
       const sdk::State& s = plan_.states[i];
@@ -350,7 +351,7 @@ class Stage final : public sdk::Services {
 
   template <class F>
   void call(F role) {
-    used_ = 0;
+    used_ = asked_ = 0;
     call_.kv = cache_.view();
     ops_ = std::make_unique<StagedOps>(*device_, call_, cache_);
     role();
@@ -410,7 +411,7 @@ class Stage final : public sdk::Services {
   Array<std::byte> queries_, workspace_;
   std::map<std::string, Array<std::byte>> states_;
   std::unique_ptr<StagedOps> ops_;
-  i64 used_ = 0;
+  i64 used_ = 0, asked_ = 0;  // of the workspace: with alignment, and by the strategy
 };
 
 }  // namespace strategies_test

@@ -73,7 +73,7 @@ LayerStats collect(const Metric& metric, const Samples& samples, const BlockLayo
   LayerStats stats{samples.rows, layout.blocks, {}};
   const auto blocks = static_cast<i64>(layout.blocks.size());
   stats.cells.resize(static_cast<std::size_t>(samples.rows * blocks));
-#pragma omp parallel for schedule(static)
+#pragma omp parallel for schedule(static) if (samples.rows * samples.queries >= 4096)
   for (i64 cell = 0; cell < samples.rows * blocks; ++cell) {
     const Block& block = layout.blocks[static_cast<std::size_t>(cell % blocks)];
     const float* row = samples.value.data() + cell / blocks * samples.queries;

@@ -11,7 +11,7 @@ namespace lacuna {
 template <class F>
 void for_each_sample(const Comparison& c, F f) {
   const sdk::i64 n = c.heads * c.queries;
-#pragma omp parallel for schedule(static)
+#pragma omp parallel for schedule(static) if (n >= 2048)
   for (sdk::i64 i = 0; i < n; ++i) f(i, i * c.head_dim);
 }
 

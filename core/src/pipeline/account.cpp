@@ -9,6 +9,8 @@ using namespace sdk;
 
 namespace {
 
+constexpr i64 kWorthThreads = 64;  // rows; a decode step has fewer, and waking threads would take longer than they
+
 /// Pairs of the listed columns that causality cuts off: ranking counts a unit on the diagonal as if every query saw it.
 i64 causal_loss(const RowSet& set, RowSlots at) {
   i64 lost = 0;
@@ -36,7 +38,7 @@ void account_range(Choice& choice, const Selection& selection, const Layer& laye
   const i64 kv_rows = static_cast<i64>(layer.num_kv_heads) * rows.tiles;
   std::vector<BudgetAccount> accounts(static_cast<std::size_t>(kv_rows));
   std::vector<double> touched(static_cast<std::size_t>(kv_rows));
-#pragma omp parallel for schedule(dynamic, 4)
+#pragma omp parallel for schedule(dynamic, 4) if (kv_rows >= kWorthThreads)
   for (i64 kr = 0; kr < kv_rows; ++kr) {
     const i64 kv_head = kr / rows.tiles, tile = kr % rows.tiles;
     std::vector<const RowSet*> members;

@@ -19,7 +19,11 @@ namespace lacuna {
 using namespace sdk;
 
 namespace {
-constexpr i64 kNoiseQueries = 64;  // the last ones of a phase go through the fp64 oracle
+/// The last queries of a phase that go through the fp64 oracle: 64, and fewer (8 at least) where the layer is long.
+i64 noise_queries(const Layer& layer, i64 tokens) {
+  constexpr i64 kMost = 64, kLeast = 8, kElements = i64{1} << 31;
+  return std::clamp(kElements / (tokens * layer.num_qo_heads * layer.head_dim), kLeast, kMost);
+}
 
 /// Dense attention of a phase's queries, what methods are compared with, and the queries' blocks.
 struct Reference {
@@ -158,7 +162,7 @@ class LayerRun {
   /// Dense attention rounded to bf16 against the fp64 oracle: differences below this row mean nothing.
   void noise(const Reference& ref) {
     if (layer_.layer().sliding_window > 0) return;
-    const i64 n = std::min(kNoiseQueries, ref.queries()), begin = ref.end - n;
+    const i64 n = std::min(noise_queries(layer_.layer(), ref.end), ref.queries()), begin = ref.end - n;
     const i32 heads = layer_.layer().num_qo_heads, d = layer_.layer().head_dim;
     const std::vector<float> out = layer_.dense_out(begin, ref.end), lse = layer_.dense_lse(begin, ref.end);
     std::vector<double> exact_out(out.size()), exact_lse(lse.size());
@@ -325,14 +329,20 @@ i64 default_min_context(double density, i64 prompt_tokens) {
 }
 
 void check_cell(const Cell& cell, const TraceInfo& info) {
-  for (const auto* role : {&cell.select, &cell.evict}) {
-    if (!*role) continue;
-    for (const int layer : (*role)->dense_layers())
+  const auto check = [&](const std::optional<Resolved>& role, RoleKind kind) {
+    if (!role) return;
+    const std::vector<int> named = role->dense_layers();
+    // A method's own default may be of a deeper model: what a user names is meant.
+    for (const ParamSpec& p : role->type->params(kind))
+      if (p.name == "dense_layers" && Json::parse(p.default_json).get<std::vector<int>>() == named) return;
+    for (const int layer : named)
       if (layer >= info.num_layers)
-        throw lacuna::Error(Problem{
-            "dense_layers of '" + (*role)->type->name() + "' name a layer that the model has not",
-            "0.." + std::to_string(info.num_layers - 1), std::to_string(layer), info.path, "change dense_layers"});
-  }
+        throw lacuna::Error(Problem{"dense_layers of '" + role->type->name() + "' name a layer that the model has not",
+                                    "0.." + std::to_string(info.num_layers - 1), std::to_string(layer), info.path,
+                                    "change dense_layers"});
+  };
+  check(cell.select, RoleKind::select);
+  check(cell.evict, RoleKind::evict);
 }
 
 ReplayResult replay(const Trace& trace, const std::vector<Cell>& cells, const ReplayOptions& options) {

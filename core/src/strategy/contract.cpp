@@ -59,7 +59,7 @@ template <class F>
 void each_row(i64 rows, F f) {
   i64 first = rows;
   std::exception_ptr refused;
-#pragma omp parallel for schedule(dynamic, 64)
+#pragma omp parallel for schedule(dynamic, 16) if (rows >= 64)
   for (i64 r = 0; r < rows; ++r) {
     try {
       f(r);
