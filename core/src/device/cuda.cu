@@ -1,8 +1,9 @@
-// One GPU and one stream of it. Plain cudaMalloc: the arrays of a replay are few, large and long-lived, and cudaFree
-// waits for the work that may still read them. No fmt here: nvcc 13 cannot evaluate fmt 9's compile-time check of
-// formats.
+// One GPU and one stream of it. Memory comes from the device's pool in stream order: a replay makes and drops caches by
+// the hundred, and cudaMalloc and cudaFree would wait for the GPU each time. No fmt here: nvcc 13 cannot evaluate fmt
+// 9's compile-time check of formats.
 #include <cuda_runtime.h>
 
+#include <cstdint>
 #include <string>
 
 #include "cuda_check.hpp"
@@ -21,6 +22,9 @@ class CudaDevice final : public Device {
   explicit CudaDevice(int index) : index_(index) {
     use();
     check(cudaStreamCreateWithFlags(&stream_, cudaStreamNonBlocking), "cudaStreamCreate", index_);
+    check(cudaDeviceGetDefaultMemPool(&pool_, index_), "cudaDeviceGetDefaultMemPool", index_);
+    std::uint64_t keep = UINT64_MAX;  // what is released stays in the pool
+    check(cudaMemPoolSetAttribute(pool_, cudaMemPoolAttrReleaseThreshold, &keep), "cudaMemPoolSetAttribute", index_);
   }
   CudaDevice(const CudaDevice&) = delete;
   CudaDevice& operator=(const CudaDevice&) = delete;
@@ -42,14 +46,30 @@ class CudaDevice final : public Device {
     use();
     std::size_t free = 0, total = 0;
     check(cudaMemGetInfo(&free, &total), "cudaMemGetInfo", index_);
-    return free;
+    std::uint64_t reserved = 0, used = 0;
+    check(cudaMemPoolGetAttribute(pool_, cudaMemPoolAttrReservedMemCurrent, &reserved), "cudaMemPoolGetAttribute",
+          index_);
+    check(cudaMemPoolGetAttribute(pool_, cudaMemPoolAttrUsedMemCurrent, &used), "cudaMemPoolGetAttribute", index_);
+    return free + static_cast<std::size_t>(reserved - used);
   }
 
   void* allocate(std::size_t bytes) override {
     use();
+    cudaStreamCaptureStatus capture = cudaStreamCaptureStatusNone;
+    check(cudaStreamIsCapturing(stream_, &capture), "cudaStreamIsCapturing", index_);
+    if (capture != cudaStreamCaptureStatusNone)
+      throw Error({"memory is asked for while a CUDA graph is captured", "memory that was taken before",
+                   std::to_string(bytes) + " bytes more", name_of(index_), ""});
     void* pointer = nullptr;
-    if (const cudaError_t status = cudaMalloc(&pointer, bytes > 0 ? bytes : 1); status != cudaSuccess) {
-      if (status != cudaErrorMemoryAllocation) check(status, "cudaMalloc", index_);
+    cudaError_t status = cudaMallocAsync(&pointer, bytes > 0 ? bytes : 1, stream_);
+    if (status == cudaErrorMemoryAllocation) {  // what the pool keeps may be in pieces that are too small
+      cudaGetLastError();
+      synchronize();
+      check(cudaMemPoolTrimTo(pool_, 0), "cudaMemPoolTrimTo", index_);
+      status = cudaMallocAsync(&pointer, bytes > 0 ? bytes : 1, stream_);
+    }
+    if (status != cudaSuccess) {
+      if (status != cudaErrorMemoryAllocation) check(status, "cudaMallocAsync", index_);
       cudaGetLastError();
       std::size_t free_bytes = 0, total_bytes = 0;
       check(cudaMemGetInfo(&free_bytes, &total_bytes), "cudaMemGetInfo", index_);
@@ -61,7 +81,7 @@ class CudaDevice final : public Device {
   }
   void release(void* pointer) noexcept override {
     cudaSetDevice(index_);
-    cudaFree(pointer);
+    cudaFreeAsync(pointer, stream_);
   }
 
   void copy_in(void* device, const void* host, std::size_t bytes) override {
@@ -95,6 +115,7 @@ class CudaDevice final : public Device {
 
   int index_;
   cudaStream_t stream_ = nullptr;
+  cudaMemPool_t pool_ = nullptr;
 };
 
 }  // namespace

@@ -65,12 +65,12 @@ void account_range(Choice& choice, const Selection& selection, const Layer& laye
   }
 }
 
-void account_targets(Choice& choice, const Layer& layer, const Rows& rows, const i64* pairs, const i32* rule,
-                     i32 unit_tokens) {
+void account_targets(Choice& choice, const Layer& layer, const Budget& budget, i32 unit_tokens) {
+  const Rows& rows = budget.rows;
   const double readers = rows.per_query_head ? 1.0 : layer.group();  // query heads of a row
   for (i64 r = 0; r < rows.count(); ++r) {
-    if (static_cast<Rule>(rule[r]) != Rule::ranked) continue;
-    choice.budget.target_pairs += readers * static_cast<double>(pairs[r]);
+    if (static_cast<Rule>(budget.rule[r]) != Rule::ranked) continue;
+    choice.budget.target_pairs += readers * static_cast<double>(budget.pairs[r]);
     choice.budget.slack_pairs +=
         readers * static_cast<double>(unit_tokens) * static_cast<double>(rows.query_end(r) - rows.query_begin(r));
   }

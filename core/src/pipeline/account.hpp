@@ -12,8 +12,7 @@ void account_range(Choice& choice, const sdk::Selection& selection, const sdk::L
                    const std::vector<sdk::i32>& length);
 
 /// Adds the targets of a range's rows (host memory): those that are ranked, or every one of an explicit choice.
-void account_targets(Choice& choice, const sdk::Layer& layer, const sdk::Rows& rows, const sdk::i64* pairs,
-                     const sdk::i32* rule, sdk::i32 unit_tokens);
+void account_targets(Choice& choice, const sdk::Layer& layer, const sdk::Budget& budget, sdk::i32 unit_tokens);
 
 /// Keeps the rows' lists as they were chosen.
 void keep_lists(Choice& choice, const sdk::Selection& selection);

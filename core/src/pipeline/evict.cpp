@@ -168,7 +168,7 @@ Eviction decide_eviction(StrategyRuntime* strategy, StrategyRuntime* allocator, 
   if (shared_out) {
     const i64 total = std::accumulate(tokens.begin(), tokens.end(), i64{0});
     allocator->allocate_rows(cache, span, scores.value ? &scores : nullptr, budget);
-    if (options.check) check_host_budget(scratch, allocator->culprit("allocate_rows"), budget, total);
+    if (options.check) check_budget(allocator->culprit("allocate_rows"), HostBudget(scratch, budget).view(), total);
     tokens = scratch.read(budget.pairs, n);
     scratch.device().copy(budget.tokens, budget.pairs, tokens.size() * sizeof(i64));
   }
@@ -179,8 +179,8 @@ Eviction decide_eviction(StrategyRuntime* strategy, StrategyRuntime* allocator, 
   if (explicit_retain && !scores.value) {
     Kept kept{make_selection(scratch, rows, 0, 0, cached, false)};
     strategy->retain(cache, span, budget, kept);
-    if (options.check) check_guards(scratch, kept.set, strategy->culprit("retain"));
     const HostSelection host(scratch, kept.set);
+    if (options.check) host.check_guards(strategy->culprit("retain"));
     kept.set = host.view();
     if (options.check) check_kept(strategy->culprit("retain"), kept, length.data());
     for (i64 r = 0; r < rows.count(); ++r) {

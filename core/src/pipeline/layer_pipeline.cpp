@@ -119,19 +119,26 @@ class Results {
     if (made()) return;
     out.resize(static_cast<std::size_t>(rows_ * head_dim_));
     lse.resize(static_cast<std::size_t>(rows_));
-    this->out = scratch_.on_device() ? scratch_.take<float>(rows_ * head_dim_) : out.data();
-    this->lse = scratch_.on_device() ? scratch_.take<float>(rows_) : lse.data();
+    this->out = scratch_.on_device() ? scratch_.take<float>(rows_ * (head_dim_ + 1)) : out.data();
+    this->lse = scratch_.on_device() ? this->out + rows_ * head_dim_ : lse.data();
   }
   bool made() const { return out != nullptr; }
   void fetch(std::vector<float>& to_out, std::vector<float>& to_lse) const {
     if (!made() || !scratch_.on_device()) return;
-    scratch_.device().copy_out(to_out.data(), out, to_out.size() * sizeof(float));
-    scratch_.device().copy_out(to_lse.data(), lse, to_lse.size() * sizeof(float));
+    if (rows_ * head_dim_ > kOneCopy) {
+      scratch_.device().copy_out(to_out.data(), out, to_out.size() * sizeof(float));
+      scratch_.device().copy_out(to_lse.data(), lse, to_lse.size() * sizeof(float));
+      return;
+    }
+    const std::vector<float> both = scratch_.read(out, rows_ * (head_dim_ + 1));  // waits once
+    std::copy_n(both.begin(), to_out.size(), to_out.begin());
+    std::copy_n(both.begin() + rows_ * head_dim_, to_lse.size(), to_lse.begin());
   }
 
   float *out = nullptr, *lse = nullptr;
 
  private:
+  static constexpr i64 kOneCopy = i64{1} << 20;  // floats that are worth another copy on the host
   Scratch& scratch_;
   i64 rows_, head_dim_;
 };

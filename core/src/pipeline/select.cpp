@@ -170,10 +170,8 @@ class Chooser {
   /// What the budget's rows asked for, where one was given.
   void account(Choice& out, const Budget& b, i32 unit_tokens) {
     if (!options_.account || !b.limited) return;
-    const i64 n = b.rows.count();
-    const std::vector<i64> pairs = scratch_.read(b.pairs, n);
-    const std::vector<i32> rule = scratch_.read(b.rule, n);
-    account_targets(out, layer_, b.rows, pairs.data(), rule.data(), unit_tokens);
+    const HostBudget host(scratch_, b);
+    account_targets(out, layer_, host.view(), unit_tokens);
   }
 
   /// Slots that each row's last query sees, for the contract.
@@ -184,8 +182,8 @@ class Chooser {
   }
   void check(const Selection& selection, const char* role) {
     if (!options_.check) return;
-    check_guards(scratch_, selection, strategy_.culprit(role));
     const HostSelection host(scratch_, selection);
+    host.check_guards(strategy_.culprit(role));
     check_selection(strategy_.culprit(role), host.view(), visible(selection.rows).data());
   }
 
@@ -251,7 +249,7 @@ class Chooser {
     if (options_.check) {
       i64 total = 0;
       for (const i64 p : scratch_.read(before, n)) total += p;
-      check_host_budget(scratch_, allocator_->culprit("allocate_rows"), budget, total);
+      check_budget(allocator_->culprit("allocate_rows"), HostBudget(scratch_, budget).view(), total);
     }
     follow_pairs(device_, kv_.length, layer_.num_kv_heads, before, budget);
   }

@@ -15,12 +15,34 @@ constexpr i64 kGuardWords = 64;
 constexpr int kGuardByte = 0x5a;
 constexpr i32 kGuard = 0x5a5a5a5a;
 
-/// n words and the guard.
-i32* guarded(Scratch& scratch, i64 n) {
-  i32* out = scratch.take<i32>(n + kGuardWords);
-  scratch.device().fill(out + n, kGuardByte, kGuardWords * sizeof(i32));
-  return out;
+/// Places its arrays in one block: [rows] facts five times, pieces, guard, tokens, guard.
+void place(Selection& s, i32* block) {
+  const i64 n = s.rows.count();
+  s.piece_count = block;
+  s.token_count = block + n;
+  s.exact_sinks = block + 2 * n;
+  s.exact_window = block + 3 * n;
+  s.full = block + 4 * n;
+  s.pieces = block + 5 * n;
+  s.tokens = s.pieces + n * s.piece_capacity + kGuardWords;
 }
+i64 block_words(const Selection& s) {
+  return s.rows.count() * (5 + static_cast<i64>(s.piece_capacity) + s.token_capacity) + 2 * kGuardWords;
+}
+i32* piece_guard(const Selection& s) { return s.pieces + s.rows.count() * s.piece_capacity; }
+i32* token_guard(const Selection& s) { return s.tokens + s.rows.count() * s.token_capacity; }
+
+/// tokens, pairs, then rule, window_sinks, window_recent, in one block of 64-bit words.
+void place(Budget& b, i64* block) {
+  const i64 n = b.rows.count();
+  b.tokens = block;
+  b.pairs = block + n;
+  auto* ints = reinterpret_cast<i32*>(block + 2 * n);
+  b.rule = ints;
+  b.window_sinks = ints + n;
+  b.window_recent = ints + 2 * n;
+}
+i64 block_words(const Budget& b) { return 2 * b.rows.count() + (3 * b.rows.count() + 1) / 2; }
 }  // namespace
 
 Selection make_selection(Scratch& scratch, const Rows& rows, i32 kv_block, i64 piece_capacity, i64 token_capacity,
@@ -31,85 +53,53 @@ Selection make_selection(Scratch& scratch, const Rows& rows, i32 kv_block, i64 p
   s.kv_block = kv_block;
   s.piece_capacity = static_cast<i32>(piece_capacity);
   s.token_capacity = static_cast<i32>(token_capacity);
-  i32* facts = scratch.take_zero<i32>(5 * n);
-  s.piece_count = facts;
-  s.token_count = facts + n;
-  s.exact_sinks = facts + 2 * n;
-  s.exact_window = facts + 3 * n;
-  s.full = facts + 4 * n;
-  s.pieces = guarded(scratch, n * piece_capacity);
-  s.tokens = guarded(scratch, n * token_capacity);
+  place(s, scratch.take<i32>(block_words(s)));
+  scratch.device().fill(s.piece_count, 0, static_cast<std::size_t>(5 * n) * sizeof(i32));
+  for (i32* guard : {piece_guard(s), token_guard(s)})
+    scratch.device().fill(guard, kGuardByte, kGuardWords * sizeof(i32));
   if (weighted) {
-    s.piece_log_weight = scratch.take_zero<float>(n * piece_capacity);
-    s.token_log_weight = scratch.take_zero<float>(n * token_capacity);
+    s.piece_log_weight = scratch.take_zero<float>(n * (piece_capacity + token_capacity));
+    s.token_log_weight = s.piece_log_weight + n * piece_capacity;
   }
   return s;
 }
 
-void check_guards(Scratch& scratch, const Selection& s, const Culprit& who) {
-  const auto intact = [&](const i32* list, i64 capacity) {
-    const std::vector<i32> words = scratch.read(list + s.rows.count() * capacity, kGuardWords);
-    return std::all_of(words.begin(), words.end(), [](i32 w) { return w == kGuard; });
-  };
-  if (intact(s.pieces, s.piece_capacity) && intact(s.tokens, s.token_capacity)) return;
-  throw lacuna::Error(
-      Problem{"strategy '" + who.strategy + "' wrote beyond its lists",
-              std::to_string(s.piece_capacity) + " pieces and " + std::to_string(s.token_capacity) + " tokens a row",
-              "more", "role " + who.role + ", layer " + std::to_string(who.layer),
-              "plan max_pieces and max_tokens as large as the lists get"});
-}
-
 Budget make_budget(Scratch& scratch, const Rows& rows) {
-  const i64 n = rows.count();
-  i64* longs = scratch.take<i64>(2 * n);
-  i32* ints = scratch.take_zero<i32>(3 * n);
   Budget b{};
   b.rows = rows;
-  b.tokens = longs;
-  b.pairs = longs + n;
-  b.rule = ints;
-  b.window_sinks = ints + n;
-  b.window_recent = ints + 2 * n;
+  place(b, scratch.take<i64>(block_words(b)));
+  scratch.device().fill(b.rule, 0, static_cast<std::size_t>(3 * rows.count()) * sizeof(i32));
   return b;
 }
 
-void check_host_budget(Scratch& scratch, const Culprit& who, const Budget& budget, i64 total) {
-  const i64 n = budget.rows.count();
-  std::vector<i64> longs = scratch.read(budget.tokens, 2 * n);
-  std::vector<i32> ints = scratch.read(budget.rule, 3 * n);
-  Budget host = budget;
-  host.tokens = longs.data();
-  host.pairs = longs.data() + n;
-  host.rule = ints.data();
-  host.window_sinks = ints.data() + n;
-  host.window_recent = ints.data() + 2 * n;
-  check_budget(who, host, total);
+HostBudget::HostBudget(Scratch& scratch, const Budget& budget) : view_(budget) {
+  if (!scratch.on_device()) return;
+  copy_ = scratch.read(budget.tokens, block_words(budget));
+  place(view_, copy_.data());
 }
 
 HostSelection::HostSelection(Scratch& scratch, const Selection& selection) : view_(selection) {
   if (!scratch.on_device()) return;
-  const i64 n = selection.rows.count(), p = n * selection.piece_capacity, t = n * selection.token_capacity;
-  ints_.resize(static_cast<std::size_t>(5 * n + p + t));
-  const auto fetch = [&](auto* to, const auto* from, i64 count) {
-    if (count > 0) scratch.device().copy_out(to, from, static_cast<std::size_t>(count) * sizeof *to);
-  };
-  i32* at = ints_.data();
-  fetch(at, selection.piece_count, 5 * n);  // the facts lie together
-  fetch(at + 5 * n, selection.pieces, p);
-  fetch(at + 5 * n + p, selection.tokens, t);
-  view_.piece_count = at;
-  view_.token_count = at + n;
-  view_.exact_sinks = at + 2 * n;
-  view_.exact_window = at + 3 * n;
-  view_.full = at + 4 * n;
-  view_.pieces = at + 5 * n;
-  view_.tokens = at + 5 * n + p;
+  ints_ = scratch.read(selection.piece_count, block_words(selection));
+  place(view_, ints_.data());
   if (!selection.token_log_weight) return;
-  weights_.resize(static_cast<std::size_t>(p + t));
-  fetch(weights_.data(), selection.piece_log_weight, p);
-  fetch(weights_.data() + p, selection.token_log_weight, t);
+  const i64 n = selection.rows.count();
+  weights_ = scratch.read(selection.piece_log_weight,
+                          n * (static_cast<i64>(selection.piece_capacity) + selection.token_capacity));
   view_.piece_log_weight = weights_.data();
-  view_.token_log_weight = weights_.data() + p;
+  view_.token_log_weight = weights_.data() + n * selection.piece_capacity;
+}
+
+void HostSelection::check_guards(const Culprit& who) const {
+  const auto intact = [](const i32* words) {
+    return std::all_of(words, words + kGuardWords, [](i32 w) { return w == kGuard; });
+  };
+  if (intact(piece_guard(view_)) && intact(token_guard(view_))) return;
+  throw lacuna::Error(Problem{
+      "strategy '" + who.strategy + "' wrote beyond its lists",
+      std::to_string(view_.piece_capacity) + " pieces and " + std::to_string(view_.token_capacity) + " tokens a row",
+      "more", "role " + who.role + ", layer " + std::to_string(who.layer),
+      "plan max_pieces and max_tokens as large as the lists get"});
 }
 
 Selection unite_groups(Scratch& scratch, CoreOps& ops, const Paged& kv, const Selection& of_heads, i32 num_kv_heads) {

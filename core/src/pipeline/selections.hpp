@@ -9,24 +9,33 @@
 
 namespace lacuna {
 
-/// All rows empty, room as given. Beyond the lists' ends lie guard words, which check_guards() looks at.
+/// All rows empty, room as given. Beyond the lists' ends lie guard words, which HostSelection::check_guards looks at.
 sdk::Selection make_selection(Scratch& scratch, const sdk::Rows& rows, sdk::i32 kv_block, sdk::i64 piece_capacity,
                               sdk::i64 token_capacity, bool weighted);
-/// Throws Error where a strategy wrote beyond its room.
-void check_guards(Scratch& scratch, const sdk::Selection& selection, const Culprit& who);
 
-/// A budget in scratch memory, uninitialised.
+/// A budget in scratch memory; tokens and pairs uninitialised.
 sdk::Budget make_budget(Scratch& scratch, const sdk::Rows& rows);
 
-/// check_budget of a budget in scratch memory.
-void check_host_budget(Scratch& scratch, const Culprit& who, const sdk::Budget& budget, sdk::i64 total);
+/// A budget that the host can read: the same memory on the CPU, else a copy.
+class HostBudget {
+ public:
+  HostBudget(Scratch& scratch, const sdk::Budget& budget);
+  HostBudget(const HostBudget&) = delete;
+  const sdk::Budget& view() const { return view_; }
 
-/// A selection that the host can read: the same memory on the CPU, else a copy.
+ private:
+  sdk::Budget view_;
+  std::vector<sdk::i64> copy_;
+};
+
+/// A selection of make_selection that the host can read: the same memory on the CPU, else a copy.
 class HostSelection {
  public:
   HostSelection(Scratch& scratch, const sdk::Selection& selection);
   HostSelection(const HostSelection&) = delete;
   const sdk::Selection& view() const { return view_; }
+  /// Throws Error where a strategy wrote beyond its room.
+  void check_guards(const Culprit& who) const;
 
  private:
   sdk::Selection view_;

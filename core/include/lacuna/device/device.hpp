@@ -13,11 +13,11 @@ namespace lacuna {
 class Device {
  public:
   virtual ~Device() = default;
-  virtual bool on_device() const = 0;             // false: CPU
-  virtual std::string describe() const = 0;       // for the header of a table: model, cores or SMs, memory
-  virtual std::size_t free_bytes() const = 0;     // that could be allocated now
-  virtual void* allocate(std::size_t bytes) = 0;  // 256-byte aligned, uninitialised
-  virtual void release(void* pointer) noexcept = 0;
+  virtual bool on_device() const = 0;                // false: CPU
+  virtual std::string describe() const = 0;          // for the header of a table: model, cores or SMs, memory
+  virtual std::size_t free_bytes() const = 0;        // that could be allocated now
+  virtual void* allocate(std::size_t bytes) = 0;     // 256-byte aligned, uninitialised
+  virtual void release(void* pointer) noexcept = 0;  // after the work that is enqueued already
   virtual void copy_in(void* device, const void* host, std::size_t bytes) = 0;
   virtual void copy_out(void* host, const void* device, std::size_t bytes) = 0;  // synchronises
   virtual void copy(void* to, const void* from, std::size_t bytes) = 0;          // device to device
