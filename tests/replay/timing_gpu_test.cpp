@@ -23,6 +23,9 @@ class CountingDevice final : public Device {
   void release(void* pointer) noexcept override { gpu_->release(pointer); }
   void copy_in(void* to, const void* from, std::size_t bytes) override { gpu_->copy_in(to, from, bytes); }
   void copy_out(void* to, const void* from, std::size_t bytes) override { gpu_->copy_out(to, from, bytes); }
+  void copy_out_rows(void* to, const void* from, std::size_t rows, std::size_t row_bytes, std::size_t stride) override {
+    gpu_->copy_out_rows(to, from, rows, row_bytes, stride);
+  }
   void copy(void* to, const void* from, std::size_t bytes) override { gpu_->copy(to, from, bytes); }
   void fill(void* to, int byte, std::size_t bytes) override { gpu_->fill(to, byte, bytes); }
   void* stream() const override { return gpu_->stream(); }

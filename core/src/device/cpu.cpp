@@ -49,6 +49,12 @@ class CpuDevice final : public Device {
 
   void copy_in(void* device, const void* host, std::size_t bytes) override { copy(device, host, bytes); }
   void copy_out(void* host, const void* device, std::size_t bytes) override { copy(host, device, bytes); }
+  void copy_out_rows(void* host, const void* device, std::size_t rows, std::size_t row_bytes,
+                     std::size_t stride) override {
+    for (std::size_t r = 0; r < rows; ++r)
+      copy(static_cast<std::byte*>(host) + r * row_bytes, static_cast<const std::byte*>(device) + r * stride,
+           row_bytes);
+  }
   void copy(void* to, const void* from, std::size_t bytes) override {
     if (bytes > 0) std::memcpy(to, from, bytes);
   }

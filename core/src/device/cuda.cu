@@ -91,6 +91,14 @@ class CudaDevice final : public Device {
     transfer(host, device, bytes, cudaMemcpyDeviceToHost);
     synchronize();
   }
+  void copy_out_rows(void* host, const void* device, std::size_t rows, std::size_t row_bytes,
+                     std::size_t stride) override {
+    use();
+    if (rows > 0 && row_bytes > 0)
+      check(cudaMemcpy2DAsync(host, row_bytes, device, stride, row_bytes, rows, cudaMemcpyDeviceToHost, stream_),
+            "cudaMemcpy2DAsync", index_);
+    synchronize();
+  }
   void copy(void* to, const void* from, std::size_t bytes) override {
     transfer(to, from, bytes, cudaMemcpyDeviceToDevice);
   }

@@ -79,15 +79,45 @@ HostBudget::HostBudget(Scratch& scratch, const Budget& budget) : view_(budget) {
 }
 
 HostSelection::HostSelection(Scratch& scratch, const Selection& selection) : view_(selection) {
+  constexpr i64 kWholeCopy = i64{1} << 18;  // words up to which one copy is best, whatever it holds
   if (!scratch.on_device()) return;
-  ints_ = scratch.read(selection.piece_count, block_words(selection));
-  place(view_, ints_.data());
-  if (!selection.token_log_weight) return;
+  Device& device = scratch.device();
   const i64 n = selection.rows.count();
-  weights_ = scratch.read(selection.piece_log_weight,
-                          n * (static_cast<i64>(selection.piece_capacity) + selection.token_capacity));
-  view_.piece_log_weight = weights_.data();
-  view_.token_log_weight = weights_.data() + n * selection.piece_capacity;
+  const bool whole = block_words(selection) <= kWholeCopy;
+  if (!whole) {  // capacities are of the worst case: copy what the lists hold
+    const std::vector<i32> counts = scratch.read(selection.piece_count, 2 * n);  // the tokens' follow
+    const auto longest = [&](const i32* of, i32 capacity) {
+      return std::clamp(n > 0 ? *std::max_element(of, of + n) : 0, 0, capacity);
+    };
+    view_.piece_capacity = longest(counts.data(), selection.piece_capacity);
+    view_.token_capacity = longest(counts.data() + n, selection.token_capacity);
+  }
+  const i64 words = block_words(view_);
+  ints_ = std::make_unique_for_overwrite<i32[]>(static_cast<std::size_t>(words));
+  place(view_, ints_.get());
+  const auto fetch = [&](auto* to, const auto* from, i64 count) {
+    device.copy_out(to, from, static_cast<std::size_t>(count) * sizeof *to);
+  };
+  const auto fetch_rows = [&](auto* to, const auto* from, i64 columns, i64 capacity) {
+    device.copy_out_rows(to, from, static_cast<std::size_t>(n), static_cast<std::size_t>(columns) * sizeof *to,
+                         static_cast<std::size_t>(capacity) * sizeof *to);
+  };
+  if (whole) {
+    fetch(ints_.get(), selection.piece_count, words);
+  } else {
+    fetch(ints_.get(), selection.piece_count, 5 * n);
+    fetch_rows(view_.pieces, selection.pieces, view_.piece_capacity, selection.piece_capacity);
+    fetch_rows(view_.tokens, selection.tokens, view_.token_capacity, selection.token_capacity);
+    fetch(piece_guard(view_), piece_guard(selection), kGuardWords);
+    fetch(token_guard(view_), token_guard(selection), kGuardWords);
+  }
+  if (!selection.token_log_weight) return;
+  const i64 pieces = n * view_.piece_capacity, tokens = n * view_.token_capacity;
+  weights_ = std::make_unique_for_overwrite<float[]>(static_cast<std::size_t>(pieces + tokens));
+  view_.piece_log_weight = weights_.get();
+  view_.token_log_weight = weights_.get() + pieces;
+  fetch_rows(view_.piece_log_weight, selection.piece_log_weight, view_.piece_capacity, selection.piece_capacity);
+  fetch_rows(view_.token_log_weight, selection.token_log_weight, view_.token_capacity, selection.token_capacity);
 }
 
 void HostSelection::check_guards(const Culprit& who) const {

@@ -1,6 +1,7 @@
 // Selections in scratch memory, and their copies on the host.
 #pragma once
 
+#include <memory>
 #include <vector>
 
 #include "lacuna/attention/attention.hpp"
@@ -28,7 +29,8 @@ class HostBudget {
   std::vector<sdk::i64> copy_;
 };
 
-/// A selection of make_selection that the host can read: the same memory on the CPU, else a copy.
+/// A selection of make_selection that the host can read: the same memory on the CPU, else a copy; of long lists only
+/// what they hold, so that capacities may be smaller.
 class HostSelection {
  public:
   HostSelection(Scratch& scratch, const sdk::Selection& selection);
@@ -39,8 +41,8 @@ class HostSelection {
 
  private:
   sdk::Selection view_;
-  std::vector<sdk::i32> ints_;
-  std::vector<float> weights_;
+  std::unique_ptr<sdk::i32[]> ints_;
+  std::unique_ptr<float[]> weights_;
 };
 
 /// KV-head rows that read whatever any head of their group chose, each slot listed once, ascending; without log

@@ -20,7 +20,10 @@ class Device {
   virtual void release(void* pointer) noexcept = 0;  // after the work that is enqueued already
   virtual void copy_in(void* device, const void* host, std::size_t bytes) = 0;
   virtual void copy_out(void* host, const void* device, std::size_t bytes) = 0;  // synchronises
-  virtual void copy(void* to, const void* from, std::size_t bytes) = 0;          // device to device
+  /// The first row_bytes of each of `rows` rows that are `stride` bytes apart on the device, packed; synchronises.
+  virtual void copy_out_rows(void* host, const void* device, std::size_t rows, std::size_t row_bytes,
+                             std::size_t stride) = 0;
+  virtual void copy(void* to, const void* from, std::size_t bytes) = 0;  // device to device
   virtual void fill(void* device, int byte, std::size_t bytes) = 0;
   virtual void* stream() const = 0;  // cudaStream_t, or null
   virtual void synchronize() = 0;
