@@ -63,6 +63,25 @@ struct Uneven : sdk::Strategy {
   }
 };
 
+/// Looks at the scores after it has used memory of its own.
+struct Watcher : sdk::Strategy {
+  static inline std::vector<float> seen;
+  static constexpr i64 kRoom = 4096;
+
+  static sdk::Info info() {
+    sdk::Info i{};
+    i.name = "watcher";
+    i.summary = i.paper = i.rule = "-";
+    i.phases = sdk::kEvict;
+    return i;
+  }
+  void plan(sdk::Context&, sdk::Plan& p) override { p.workspace_bytes = kRoom * 4; }
+  void allocate_rows(sdk::Context& c, const sdk::Scores* s, sdk::Budget&) override {
+    c.workspace<float>(kRoom);
+    seen.assign(s->value, s->value + s->rows.count() * s->stride);
+  }
+};
+
 }  // namespace
 
 TEST_CASE("one cut keeps the best of the group's mean, or whatever any head of it ranks") {
@@ -85,6 +104,22 @@ TEST_CASE("one cut keeps the best of the group's mean, or whatever any head of i
       CHECK(e.kept[static_cast<std::size_t>(h)] == (gqa == std::string("mean") ? best(mean, keep) : united));
       CHECK(pipeline.cache().positions(static_cast<i32>(h)) == e.kept[static_cast<std::size_t>(h)]);
     }
+  }
+}
+
+TEST_CASE("an allocator sees the scores of the groups, whatever memory it uses") {
+  Bed bed(generated(6, 2, 64, 211, 1));
+  script = {1, 1};
+  const Resolved evict = resolved(type_of<Scripted>(), density(0.3), {{"gqa", "mean"}}),
+                 watcher = resolved(type_of<Watcher>(), {});
+  bed.pipeline({nullptr, &evict, &watcher}, 211).evict_at_cut();
+  REQUIRE(Watcher::seen.size() == 2 * 211);
+  for (i64 h = 0; h < 2; ++h) {
+    std::vector<float> mean(211);
+    for (i64 g = 0; g < 3; ++g)
+      for (i64 j = 0; j < 211; ++j) mean[static_cast<std::size_t>(j)] += scripted_score(h * 3 + g, 0, j);
+    for (std::size_t j = 0; j < 211; ++j)
+      CHECK(Watcher::seen[static_cast<std::size_t>(h) * 211 + j] == doctest::Approx(mean[j] / 3));
   }
 }
 

@@ -211,6 +211,11 @@ TEST_CASE("rows of both backends agree within 1 %, beyond the noise floor") {
     cells.push_back(cell_of({{"select", {{"name", "oracle_topk"}, {"density", density}}}}));
     cells.push_back(cell_of({{"evict", {{"name", "snapkv"}, {"density", density}}}}));
     cells.push_back(cell_of({{"evict", {{"name", "h2o"}, {"density", density}}}}));
+    cells.push_back(cell_of({{"evict", {{"name", "h2o"}, {"density", density}}}, {"allocate", {{"name", "ada"}}}}));
+    cells.push_back(cell_of(
+        {{"select", {{"name", "quest"}, {"density", density}, {"gqa", "union"}, {"dense_layers", Json::array()}}},
+         {"evict", {{"name", "h2o"}, {"density", 0.5}}}}));
+    cells.push_back(cell_of({{"select", {{"name", "block_topk"}, {"density", density}, {"gqa", "union"}}}}));
     cells.push_back(
         cell_of({{"evict", {{"name", "streaming_llm"}, {"density", density}, {"positions", "compacted"}}}}));
   }

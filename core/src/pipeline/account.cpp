@@ -2,6 +2,7 @@
 
 #include <algorithm>
 
+#include "lacuna/base/each.hpp"
 #include "pipeline/row_math.hpp"
 
 namespace lacuna {
@@ -38,8 +39,7 @@ void account_range(Choice& choice, const Selection& selection, const Layer& laye
   const i64 kv_rows = static_cast<i64>(layer.num_kv_heads) * rows.tiles;
   std::vector<BudgetAccount> accounts(static_cast<std::size_t>(kv_rows));
   std::vector<double> touched(static_cast<std::size_t>(kv_rows));
-#pragma omp parallel for schedule(dynamic, 4) if (kv_rows >= kWorthThreads)
-  for (i64 kr = 0; kr < kv_rows; ++kr) {
+  each(kv_rows, kWorthThreads, [&](i64 kr) {
     const i64 kv_head = kr / rows.tiles, tile = kr % rows.tiles;
     std::vector<const RowSet*> members;
     BudgetAccount& a = accounts[static_cast<std::size_t>(kr)];
@@ -58,7 +58,7 @@ void account_range(Choice& choice, const Selection& selection, const Layer& laye
     a.union_pairs = static_cast<double>(all.pairs(at.begin, at.end));
     a.union_visible = static_cast<double>(capped_pairs(at.end, at.begin, at.end));
     touched[static_cast<std::size_t>(kr)] = static_cast<double>(all.touched(at.begin, at.end));
-  }
+  });
   for (i64 kr = 0; kr < kv_rows; ++kr) {
     choice.budget.add(accounts[static_cast<std::size_t>(kr)]);
     choice.touched_tokens += touched[static_cast<std::size_t>(kr)];

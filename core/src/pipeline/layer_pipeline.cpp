@@ -40,8 +40,7 @@ LayerPipeline::LayerPipeline(const Roles& roles, const LayerSetup& setup, KvCach
 }
 
 bool LayerPipeline::dense_layer(const StrategyRuntime& runtime) const {
-  const auto layers = runtime.resolved().dense_layers();
-  return setup_.layer.sliding_window > 0 || std::find(layers.begin(), layers.end(), setup_.layer.index) != layers.end();
+  return setup_.layer.sliding_window > 0 || runtime.resolved().keeps_dense(setup_.layer.index);
 }
 
 void LayerPipeline::prepare(const CallSpan& span, Phase select_phase) {
@@ -105,7 +104,12 @@ AttentionWork LayerPipeline::attend_to(const CallSpan& span, const Selection* re
   const Scratch::Frame frame(scratch);
   const std::size_t bytes = plan_cuda_attention(a).workspace_bytes;
   attend_cuda(a, out, lse, scratch.take<std::byte>(static_cast<i64>(bytes)), bytes, scratch.device().stream());
-  return {};
+  AttentionWork work;  // the kernels count no pairs
+  if (read)
+    work.sparse_rows = read->rows.count() * (read->rows.per_query_head ? 1 : setup_.layer.group());
+  else
+    work.dense_rows = setup_.layer.num_qo_heads;
+  return work;
 }
 
 namespace {
@@ -153,16 +157,15 @@ Step LayerPipeline::choose_and_attend(const CallSpan& span, bool everything) {
   const Scratch::Frame frame(scratch);
   Results weighted(scratch, q.heads * q.count, q.head_dim), plain(scratch, q.heads * q.count, q.head_dim);
   weighted.make(step.out, step.lse);
+  const bool plain_too = !everything && select_ && !dense_layer(*select_) && select_->weighs();
+  if (plain_too) plain.make(step.unweighted_out, step.unweighted_lse);
   const auto visit = [&](const Selection& chosen) {
     const Selection* read = layer.sliding_window == 0 ? &chosen : nullptr;
     const AttentionWork work = attend_to(span, read, {false, true}, weighted.out, weighted.lse);
     step.work.dense_rows += work.dense_rows;
     step.work.sparse_rows += work.sparse_rows;
     step.work.pairs += work.pairs;
-    if (read && (read->token_log_weight || read->piece_log_weight)) {
-      plain.make(step.unweighted_out, step.unweighted_lse);
-      attend_to(span, read, {true, true}, plain.out, plain.lse);
-    }
+    if (plain_too) attend_to(span, read, {true, true}, plain.out, plain.lse);
     attended(span, read, weighted.out, weighted.lse);
   };
   if (everything)
@@ -174,8 +177,7 @@ Step LayerPipeline::choose_and_attend(const CallSpan& span, bool everything) {
   plain.fetch(step.unweighted_out, step.unweighted_lse);
 
   const Choice& choice = step.choice;
-  if (scratch.on_device()) {  // there the kernels count nothing
-    (layer.sliding_window > 0 ? step.work.dense_rows : step.work.sparse_rows) = static_cast<i64>(choice.sets.size());
+  if (scratch.on_device()) {
     const i64 first = cache_.length(0) - q.count;
     step.work.pairs = layer.sliding_window > 0
                           ? layer.num_qo_heads * capped_pairs(layer.sliding_window, first, first + q.count)
@@ -248,16 +250,19 @@ void LayerPipeline::follow_slots() {
   const Layer& layer = setup_.layer;
   const i64 d = layer.head_dim, tokens = setup_.queries.tokens;
   const i64 elements = layer.num_qo_heads * tokens * d;
-  const std::vector<std::byte> raw = setup_.scratch->read(static_cast<const std::byte*>(original_queries_.data),
-                                                          elements * size_of(original_queries_.dtype));
+  if (host_queries_.empty())
+    host_queries_ = setup_.scratch->read(static_cast<const std::byte*>(original_queries_.data),
+                                         elements * size_of(original_queries_.dtype));
   std::vector<float> turned(static_cast<std::size_t>(elements));
   for (i64 h = 0; h < layer.num_qo_heads; ++h) {
     const i32 head = static_cast<i32>(h / layer.group());
     const std::vector<i32> positions = cache_.positions(head);
     const double delta = static_cast<double>(cache_.length(head) - 1 - positions.back());
+#pragma omp parallel for schedule(static)
     for (i64 i = 0; i < tokens; ++i) {
       float* row = turned.data() + (h * tokens + i) * d;
-      for (i64 c = 0; c < d; ++c) row[c] = load(raw.data(), original_queries_.dtype, (h * tokens + i) * d + c);
+      for (i64 c = 0; c < d; ++c)
+        row[c] = load(host_queries_.data(), original_queries_.dtype, (h * tokens + i) * d + c);
       setup_.rope->shift(row, delta);
     }
   }

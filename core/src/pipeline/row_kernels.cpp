@@ -71,7 +71,6 @@ void count_rows(const Device& device, const i32* length, const RankRule& rule, c
         if (u < forced.units && finite(value[r * stride + u])) held += static_cast<double>(value[r * stride + u]);
       }
       c.mass[r] = product(rule.top_p, whole) - held;
-      c.wanted[r] = forced.units;
       return;
     }
     const RankedCount count = ranked_count(rule, forced, at, b.tokens[r], b.pairs[r]);
@@ -143,7 +142,7 @@ LACUNA_HD void store_one(float* at) {
 
 void mark_members(const Device& device, const Selection& in, const Selection& out, bool tokens, float* member,
                   i64 stride) {
-  const Selection from = in, to = out;
+  const Selection from = in;
   const i64 capacity = tokens ? in.token_capacity : in.piece_capacity;
   const i32 group = in.rows.heads / out.rows.heads, tiles = in.rows.tiles;
   for_each(device, in.rows.count() * capacity, [=] LACUNA_HD(i64 i) {
@@ -152,6 +151,11 @@ void mark_members(const Device& device, const Selection& in, const Selection& ou
     const i64 row = r / tiles / group * tiles + r % tiles;  // sequences hold whole groups
     store_one(member + row * stride + (tokens ? from.tokens : from.pieces)[i]);
   });
+}
+
+void unite_facts(const Device& device, const Selection& in, const Selection& out) {
+  const Selection from = in, to = out;
+  const i32 group = in.rows.heads / out.rows.heads, tiles = in.rows.tiles;
   for_each(device, to.rows.count(), [=] LACUNA_HD(i64 row) {
     i32 sinks = 0, window = 0, full = 0;
     for (i32 g = 0; g < group; ++g) {

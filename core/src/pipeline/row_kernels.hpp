@@ -38,10 +38,13 @@ void write_rows(const Device& device, const sdk::i32* length, const RankRule& ru
 /// exact_sinks and exact_window at least these.
 void widen_exact(const Device& device, const sdk::Selection& selection, sdk::i32 sinks, sdk::i32 recent);
 
-/// member [out.rows, stride] (all -inf before): 1 for every slot that `lists` of the group's query-head rows name;
-/// sinks, window and full of the group to `out`. `tokens`: the token lists, else the pieces.
+/// member [out.rows, stride] (all -inf before): 1 for every slot that the lists of a group's query-head rows name.
+/// `tokens`: the token lists, else the pieces.
 void mark_members(const Device& device, const sdk::Selection& in, const sdk::Selection& out, bool tokens, float* member,
                   sdk::i64 stride);
+
+/// exact_sinks, exact_window and full of the groups.
+void unite_facts(const Device& device, const sdk::Selection& in, const sdk::Selection& out);
 
 void fill_rows(const Device& device, sdk::i32* values, sdk::i32 value, sdk::i64 n);
 void fill_floats(const Device& device, float* values, float value, sdk::i64 n);

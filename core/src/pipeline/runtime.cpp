@@ -41,27 +41,39 @@ i64 splitmix(i64 x) {
 }
 }  // namespace
 
+sdk::Call StrategyRuntime::facts_of(const KvCache& cache, const CallSpan& span) const {
+  sdk::Call call{};
+  call.layer = setup_.layer;
+  call.phase = span.phase;
+  call.purpose = purpose_;
+  call.step = span.step;
+  call.num_seqs = 1;
+  call.kv = cache.view();
+  call.gqa = common_.gqa;
+  call.random.key = static_cast<u64>(splitmix(static_cast<i64>(setup_.seed) * 1000003 + setup_.layer.index));
+  call.random.step = static_cast<u64>(span.step + 1);
+  call.on_device = setup_.scratch->on_device();
+  call.stream = setup_.scratch->device().stream();
+  return call;
+}
+
+std::unique_ptr<CoreOps> StrategyRuntime::ops_for(const sdk::Call& call) {
+  const std::size_t bytes =
+      ops_workspace_bytes(call.on_device != 0, call.layer, 1, setup_.max_tokens, setup_.queries.tokens);
+  return make_ops(call, cost_, bytes > 0 ? setup_.scratch->ops_workspace(bytes) : nullptr, bytes);
+}
+
 /// The core's side of one call.
 class StrategyRuntime::Services final : public sdk::Services {
  public:
   Services(StrategyRuntime& self, KvCache& cache, const CallSpan& span)
-      : self_(self), cache_(cache), span_(span), scratch_(*self.setup_.scratch), frame_(scratch_) {
-    call_.layer = self.setup_.layer;
-    call_.phase = span.phase;
-    call_.purpose = self.purpose_;
-    call_.step = span.step;
-    call_.num_seqs = 1;
-    call_.kv = cache.view();
-    call_.gqa = self.common_.gqa;
-    call_.random.key =
-        static_cast<u64>(splitmix(static_cast<i64>(self.setup_.seed) * 1000003 + self.setup_.layer.index));
-    call_.random.step = static_cast<u64>(span.step + 1);
-    call_.on_device = scratch_.on_device();
-    call_.stream = scratch_.device().stream();
-    const std::size_t bytes =
-        ops_workspace_bytes(call_.on_device != 0, call_.layer, 1, self.setup_.max_tokens, self.setup_.queries.tokens);
-    ops_ = make_ops(call_, self.cost_, bytes > 0 ? scratch_.ops_workspace(bytes) : nullptr, bytes);
-  }
+      : self_(self),
+        cache_(cache),
+        span_(span),
+        scratch_(*self.setup_.scratch),
+        frame_(scratch_),
+        call_(self.facts_of(cache, span)),
+        ops_(self.ops_for(call_)) {}
 
   const Call& call() const noexcept override { return call_; }
   CoreOps& ops() noexcept override { return *ops_; }
@@ -181,9 +193,9 @@ class StrategyRuntime::Services final : public sdk::Services {
   StrategyRuntime& self_;
   KvCache& cache_;
   CallSpan span_;
-  Call call_{};
   Scratch& scratch_;
   Scratch::Frame frame_;  // workspace and poisoned copies are good until the call ends
+  Call call_;
   std::unique_ptr<CoreOps> ops_;
   i64 asked_ = 0;  // of the workspace
 };
@@ -296,7 +308,8 @@ void StrategyRuntime::index(KvCache& cache, const CallSpan& span, const Dirty& d
 }
 
 void StrategyRuntime::with_ops(KvCache& cache, const CallSpan& span, const std::function<void(CoreOps&)>& f) {
-  call(cache, span, [&](Services& s) { f(s.ops()); });
+  const sdk::Call call = facts_of(cache, span);
+  f(*ops_for(call));
 }
 
 void StrategyRuntime::score(KvCache& cache, const CallSpan& span, Scores& scores) {

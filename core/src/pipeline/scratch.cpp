@@ -11,11 +11,17 @@ constexpr i64 kAlignment = 256, kLeastChunk = i64{1} << 20;
 
 void* Scratch::take_bytes(i64 bytes) {
   const i64 size = (std::max<i64>(bytes, 1) + kAlignment - 1) / kAlignment * kAlignment;
+  const std::size_t first_unused = chunk_ + (used_ > 0);
   while (chunk_ < chunks_.size() && used_ + size > chunks_[chunk_].size()) {
     ++chunk_;
     used_ = 0;
   }
-  if (chunk_ == chunks_.size()) chunks_.emplace_back(device_, std::max(size, kLeastChunk));
+  if (chunk_ == chunks_.size()) {
+    // Chunks that are too small now would stay so: a larger one takes their place.
+    chunks_.resize(std::min(first_unused, chunks_.size()));
+    chunk_ = chunks_.size();
+    chunks_.emplace_back(device_, std::max(size, kLeastChunk));
+  }
   void* out = chunks_[chunk_].data() + used_;
   used_ += size;
   return out;
@@ -27,12 +33,6 @@ void* Scratch::ops_workspace(std::size_t bytes) {
     ops_ = Buffer<std::byte>(device_, static_cast<i64>(bytes));
   }
   return ops_.data();
-}
-
-i64 Scratch::bytes() const {
-  i64 total = ops_.size();
-  for (const auto& c : chunks_) total += c.size();
-  return total;
 }
 
 }  // namespace lacuna

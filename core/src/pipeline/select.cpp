@@ -52,7 +52,9 @@ class Chooser {
     else if (!rule_.target.limited() && plan.score_kind == ScoreKind::mass)
       rule_.top_p = plan.threshold;
     if (instance().has_refine()) {
-      base_ = std::make_unique<Chooser>(*strategy.base(), nullptr, cache, setup, span, options);
+      ChooseOptions of_base = options;  // what is reported is the wrapper's
+      of_base.account = of_base.keep_lists = of_base.keep_scores = false;
+      base_ = std::make_unique<Chooser>(*strategy.base(), nullptr, cache, setup, span, of_base);
       q_tile_ = base_->q_tile_;
     } else {
       q_tile_ = plan.q_tile;
@@ -64,16 +66,17 @@ class Chooser {
 
   /// Tiles whose scores and lists fit the room for them.
   i32 tiles_at_once() const {
-    const i64 elements = std::max<i64>(elements_per_tile(), 1);
-    return static_cast<i32>(std::clamp<i64>(options_.range_elements / elements, 1, tiles()));
+    // What a range decides together must not depend on how much memory happens to be free.
+    constexpr i64 kFixed = i64{16} << 20;
+    const i64 room =
+        allocator_ || strategy_.wants_attended() ? std::min(options_.range_elements, kFixed) : options_.range_elements;
+    return static_cast<i32>(std::clamp<i64>(room / std::max<i64>(elements_per_tile(), 1), 1, tiles()));
   }
 
   /// What the rows of the result are, once all of it is chosen.
   Rows result_rows() const { return rows(!reads_by_group(), 0, tiles()); }
   i32 kv_block() const { return !instance().has_refine() && plan().unit_tokens > 1 ? plan().unit_tokens : 0; }
-  bool weighted() const {
-    return instance().has_refine() ? plan().weighted || base_->weighted() : instance().has_mark() && plan().weighted;
-  }
+  bool weighted() const { return strategy_.weighs(); }
 
   Selection choose_range(i32 begin, i32 count, Choice& out) {
     Selection chosen = instance().has_refine() ? refine(begin, count, out)
@@ -111,6 +114,11 @@ class Chooser {
 
   i64 elements_per_tile() const {
     const i64 heads = layer_.num_qo_heads;
+    // A union goes through a flag for every slot.
+    const i64 flags = strategy_.gqa() == Gqa::union_ ? static_cast<i64>(layer_.num_kv_heads) * kv_.max_length : 0;
+    return std::max(flags, elements_without_union(heads));
+  }
+  i64 elements_without_union(i64 heads) const {
     if (instance().has_refine()) return heads * kv_.max_length + base_->elements_per_tile();
     if (instance().has_mark())
       return (plan().per_query_head ? heads : layer_.num_kv_heads) * (piece_capacity() + token_capacity());

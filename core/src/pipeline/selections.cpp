@@ -4,6 +4,7 @@
 #include <limits>
 
 #include "lacuna/attention/cuda_attention.hpp"
+#include "lacuna/base/each.hpp"
 #include "lacuna/base/error.hpp"
 #include "pipeline/row_kernels.hpp"
 
@@ -11,6 +12,7 @@ namespace lacuna {
 using namespace sdk;
 
 namespace {
+constexpr i64 kWorthThreads = 64;  // rows
 constexpr i64 kGuardWords = 64;
 constexpr int kGuardByte = 0x5a;
 constexpr i32 kGuard = 0x5a5a5a5a;
@@ -78,7 +80,8 @@ HostBudget::HostBudget(Scratch& scratch, const Budget& budget) : view_(budget) {
   place(view_, copy_.data());
 }
 
-HostSelection::HostSelection(Scratch& scratch, const Selection& selection) : view_(selection) {
+HostSelection::HostSelection(Scratch& scratch, const Selection& selection)
+    : view_(selection), piece_room_(selection.piece_capacity), token_room_(selection.token_capacity) {
   constexpr i64 kWholeCopy = i64{1} << 18;  // words up to which one copy is best, whatever it holds
   if (!scratch.on_device()) return;
   Device& device = scratch.device();
@@ -125,11 +128,11 @@ void HostSelection::check_guards(const Culprit& who) const {
     return std::all_of(words, words + kGuardWords, [](i32 w) { return w == kGuard; });
   };
   if (intact(piece_guard(view_)) && intact(token_guard(view_))) return;
-  throw lacuna::Error(Problem{
-      "strategy '" + who.strategy + "' wrote beyond its lists",
-      std::to_string(view_.piece_capacity) + " pieces and " + std::to_string(view_.token_capacity) + " tokens a row",
-      "more", "role " + who.role + ", layer " + std::to_string(who.layer),
-      "plan max_pieces and max_tokens as large as the lists get"});
+  throw lacuna::Error(
+      Problem{"strategy '" + who.strategy + "' wrote beyond its lists",
+              std::to_string(piece_room_) + " pieces and " + std::to_string(token_room_) + " tokens a row", "more",
+              "role " + who.role + ", layer " + std::to_string(who.layer),
+              "plan max_pieces and max_tokens as large as the lists get"});
 }
 
 Selection unite_groups(Scratch& scratch, CoreOps& ops, const Paged& kv, const Selection& of_heads, i32 num_kv_heads) {
@@ -147,11 +150,12 @@ Selection unite_groups(Scratch& scratch, CoreOps& ops, const Paged& kv, const Se
   i32 *range = scratch.take<i32>(n), *wanted = scratch.take<i32>(n);
   fill_rows(device, range, static_cast<i32>(slots), n);
   fill_rows(device, wanted, static_cast<i32>(slots), n);
+  unite_facts(device, of_heads, out);
   for (const bool tokens : {false, true}) {
-    fill_floats(device, member, -std::numeric_limits<float>::infinity(), n * slots);
-    mark_members(device, of_heads, out, tokens, member, slots);
     const i32 capacity = tokens ? out.token_capacity : out.piece_capacity;
     if (capacity == 0) continue;
+    fill_floats(device, member, -std::numeric_limits<float>::infinity(), n * slots);
+    mark_members(device, of_heads, out, tokens, member, slots);
     sdk::Error error{};
     if (ops.topk(member, static_cast<i32>(n), slots, range, wanted, tokens ? out.tokens : out.pieces,
                  tokens ? out.token_count : out.piece_count, capacity, &error) != 0)
@@ -175,18 +179,17 @@ void list_cells(Scratch& scratch, const Attention& a, const Selection& base, con
   }
   const Rows& rows = to.rows;
   const i32 group = rows.heads / base.rows.heads;
-#pragma omp parallel for schedule(dynamic, 4)
-  for (i64 r = 0; r < rows.count(); ++r) {
+  each(rows.count(), kWorthThreads, [&](i64 r) {
     const i64 source = r / rows.tiles / group * rows.tiles + r % rows.tiles;
     const RowSlots at = row_slots(a.kv.length, rows, r, a.layer.num_kv_heads);
     const RowSet set = expand_row(base, source, at.end);
     const std::vector<i32> cells = set.cells(at.begin, at.end);
     std::copy(cells.begin(), cells.end(), to.tokens + r * to.token_capacity);
     to.token_count[r] = static_cast<i32>(cells.size());
-    if (!to.token_log_weight) continue;
+    if (!to.token_log_weight) return;
     for (std::size_t i = 0; i < cells.size(); ++i)  // cells beside the list weigh 0
       to.token_log_weight[r * to.token_capacity + static_cast<i64>(i)] = set.weight(cells[i]);
-  }
+  });
 }
 
 }  // namespace lacuna

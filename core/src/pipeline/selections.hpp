@@ -41,6 +41,7 @@ class HostSelection {
 
  private:
   sdk::Selection view_;
+  sdk::i32 piece_room_, token_room_;  // as planned
   std::unique_ptr<sdk::i32[]> ints_;
   std::unique_ptr<float[]> weights_;
 };

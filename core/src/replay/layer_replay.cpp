@@ -98,6 +98,10 @@ MemoryPlan LayerReplay::memory(const Trace& trace, int layer, i32 page_size) {
                        (2 * l.head_dim * size_of(tensors.k.dtype) + static_cast<i64>(sizeof(i32))));
   // Of a method and, where it has log weights, of the same set without them.
   add("attention's results", 2 * (q_elements + l.num_qo_heads * tokens) * static_cast<i64>(sizeof(float)));
+  constexpr i64 kKeyLists = i64{512} << 20, kOracle = i64{2} << 30;  // at most, on long layers
+  const i64 rows = l.num_qo_heads * ((tokens + 63) / 64);
+  add("key lists", std::min(kKeyLists, rows * tokens * static_cast<i64>(sizeof(i32))));
+  add("matched oracle", std::min(kOracle, rows * tokens * 24) + 16 * l.num_qo_heads * tokens);
   add("operations", static_cast<i64>(ops_workspace_bytes(true, l, 1, tokens, tokens)));
   add("scores and lists", kLeastRange * kBytesPerElement);
   return plan;

@@ -55,12 +55,6 @@ class Collector {
   bool rank_normalised_ = false;
 };
 
-bool is_dense_layer(const Resolved* role, int layer) {
-  if (!role) return false;
-  const auto layers = role->dense_layers();
-  return std::find(layers.begin(), layers.end(), layer) != layers.end();
-}
-
 void mark_account(PhaseRun& run, const BudgetAccount& a) {
   if (a.visible_pairs > 0) run.realised_head = a.realised_pairs / a.visible_pairs;
   if (a.union_visible > 0) run.realised_union = a.union_pairs / a.union_visible;
@@ -298,7 +292,8 @@ PhaseRun run_phase(LayerReplay& layer, const TraceInfo& info, const Cell& cell, 
           0.01 * static_cast<double>(eviction.mean_tokens))
     run.marks.push_back("own-layer-share");  // a layer allocator gave this layer another target than the table's
   if (collect.rank_normalised()) run.marks.push_back("rank-normalised");
-  if (is_dense_layer(roles.select ? roles.select : roles.evict, l.index)) run.marks.push_back("dense-layer");
+  const Resolved* acting = roles.select ? roles.select : roles.evict;
+  if (acting && acting->keeps_dense(l.index)) run.marks.push_back("dense-layer");
   if (l.sliding_window > 0) run.marks.push_back("sliding-window");
   mark_roles(run, roles, phase);
   std::sort(run.marks.begin(), run.marks.end());

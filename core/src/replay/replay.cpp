@@ -265,19 +265,36 @@ class LayerRun {
     for (auto& [q_tile, group] : by_tile) {
       std::vector<OracleRequest> requests;
       for (Pending* p : group) requests.push_back(std::move(p->request));
-      const auto oracle = oracle_of(place, q_tile, requests);
-      for (std::size_t i = 0; i < group.size(); ++i) {
-        regret_of_rows(oracle[i], group[i]->mass.data(), heads, ref.queries(), q_tile, regret.data());
-        add_regret(*group[i], ref, regret.data());
-      }
+      guarded(group, [&, q_tile = q_tile, &group = group] {
+        const auto oracle = oracle_of(place, q_tile, requests);
+        for (std::size_t i = 0; i < group.size(); ++i) {
+          regret_of_rows(oracle[i], group[i]->mass.data(), heads, ref.queries(), q_tile, regret.data());
+          add_regret(*group[i], ref, regret.data());
+        }
+      });
     }
     if (evicted.empty()) return;
     std::vector<std::vector<i64>> kept;
     for (Pending* p : evicted) kept.push_back(p->kept);
-    const auto oracle = evict_oracle_of(place, kept);
-    for (std::size_t i = 0; i < evicted.size(); ++i) {
-      for (std::size_t j = 0; j < regret.size(); ++j) regret[j] = oracle[i][j] - evicted[i]->mass[j];
-      add_regret(*evicted[i], ref, regret.data());
+    guarded(evicted, [&] {
+      const auto oracle = evict_oracle_of(place, kept);
+      for (std::size_t i = 0; i < evicted.size(); ++i) {
+        for (std::size_t j = 0; j < regret.size(); ++j) regret[j] = oracle[i][j] - evicted[i]->mass[j];
+        add_regret(*evicted[i], ref, regret.data());
+      }
+    });
+  }
+
+  /// Rows whose oracle fails (for want of memory) keep everything else and are marked.
+  template <class F>
+  void guarded(const std::vector<Pending*>& group, F f) {
+    try {
+      f();
+    } catch (const std::exception&) {
+      for (const Pending* p : group) {
+        std::vector<std::string>& marks = result_.rows[p->row].marks;
+        marks.insert(std::upper_bound(marks.begin(), marks.end(), "no-regret"), "no-regret");
+      }
     }
   }
 

@@ -40,12 +40,6 @@ void check_shape(const CostShape& s) {
                        "[cost] shape", ""});
 }
 
-bool keeps_dense(const std::optional<Resolved>& role, int layer) {
-  if (!role) return false;
-  const std::vector<int> layers = role->dense_layers();
-  return std::find(layers.begin(), layers.end(), layer) != layers.end();
-}
-
 /// Pages that hold `tokens` tokens of every head.
 i64 pages_for(i64 tokens, i32 page_size, i32 heads) { return heads * ((tokens + page_size - 1) / page_size); }
 
@@ -107,7 +101,7 @@ int layer_to_time(const TraceInfo& info, const std::vector<Cell>& cells) {
   std::vector<int> fit;
   for (const int layer : info.captured_layers) {
     const bool dense = std::any_of(cells.begin(), cells.end(), [&](const Cell& c) {
-      return keeps_dense(c.select, layer) || keeps_dense(c.evict, layer);
+      return (c.select && c.select->keeps_dense(layer)) || (c.evict && c.evict->keeps_dense(layer));
     });
     if (!dense && info.layer(layer).sliding_window == 0) fit.push_back(layer);
   }

@@ -4,10 +4,10 @@
 
 #include <algorithm>
 #include <cmath>
-#include <exception>
 #include <limits>
 #include <vector>
 
+#include "lacuna/base/each.hpp"
 #include "lacuna/base/error.hpp"
 
 namespace lacuna {
@@ -54,32 +54,14 @@ struct Row {
   }
 };
 
-/// f(r) for every row, by several threads; of the rows that are refused the first one counts.
-template <class F>
-void each_row(i64 rows, F f) {
-  i64 first = rows;
-  std::exception_ptr refused;
-#pragma omp parallel for schedule(dynamic, 16) if (rows >= 64)
-  for (i64 r = 0; r < rows; ++r) {
-    try {
-      f(r);
-    } catch (...) {
-#pragma omp critical(lacuna_contract)
-      if (r < first) {
-        first = r;
-        refused = std::current_exception();
-      }
-    }
-  }
-  if (refused) std::rethrow_exception(refused);
-}
+constexpr i64 kWorthThreads = 64;  // rows
 
 }  // namespace
 
 void check_scores(const Culprit& who, const sdk::Scores& scores, sdk::ScoreKind kind, double row_mass) {
   constexpr double kSlack = 1e-3;
   const sdk::Rows& rows = scores.rows;
-  each_row(rows.count(), [&](i64 r) {
+  each(rows.count(), kWorthThreads, [&](i64 r) {
     const Row row{who, rows, r};
     i64 units = scores.units;
     // In prefill units after the tile's last query are ignored, whatever stands there: slots never exceed positions.
@@ -126,7 +108,7 @@ void check_budget(const Culprit& who, const sdk::Budget& budget, i64 total) {
 }
 
 void check_selection(const Culprit& who, const sdk::Selection& s, const i64* visible) {
-  each_row(s.rows.count(), [&](i64 r) {
+  each(s.rows.count(), kWorthThreads, [&](i64 r) {
     const Row row{who, s.rows, r};
     const i32 pieces = s.piece_count[r], tokens = s.token_count[r], sinks = s.exact_sinks[r],
               window = s.exact_window[r];

@@ -191,6 +191,10 @@ sdk::Common Resolved::common() const {
 }
 
 std::vector<int> Resolved::dense_layers() const { return shared.value("dense_layers", std::vector<int>{}); }
+bool Resolved::keeps_dense(int layer) const {
+  const std::vector<int> layers = dense_layers();
+  return std::find(layers.begin(), layers.end(), layer) != layers.end();
+}
 
 Json Resolved::describe() const {
   Json out = {{"name", type->name()}};

@@ -94,6 +94,7 @@ class LayerPipeline {
   sdk::i64 since_cut_ = 0;  // tokens appended one by one since the cut
   sdk::i64 capacity_ = -1;  // target fixed at the cut
   bool compacted_ = false;
+  std::vector<std::byte> host_queries_;  // those, on the host, once they are turned
   Buffer<float> turned_queries_;
 };
 

@@ -78,7 +78,8 @@ class StrategyRuntime {
   /// Calls index() with the dirty units; the first time of a granularity with every unit.
   void index(KvCache& cache, const CallSpan& span, const sdk::Dirty& dirty);
 
-  /// The core's own work beside the strategy's, on the call's backend and at the strategy's cost.
+  /// The core's own work beside the strategy's, on the call's backend and at the strategy's cost. What it takes of the
+  /// scratch memory is the caller's.
   void with_ops(KvCache& cache, const CallSpan& span, const std::function<void(CoreOps&)>& f);
 
   void score(KvCache& cache, const CallSpan& span, sdk::Scores& scores);
@@ -92,6 +93,11 @@ class StrategyRuntime {
   /// Replaces the queries (positions = compacted turns them with their slots).
   void set_queries(const QuerySource& queries);
 
+  /// Whether its selections have log weights.
+  bool weighs() const {
+    return instance_.has_refine() ? plan_.weighted || base_->weighs() : instance_.has_mark() && plan_.weighted;
+  }
+
   bool wants_attended() const { return instance_.has_attended() || (base_ && base_->wants_attended()); }
 
  private:
@@ -99,6 +105,8 @@ class StrategyRuntime {
   template <class F>
   void call(KvCache& cache, const CallSpan& span, F f);
   void check_plan() const;
+  sdk::Call facts_of(const KvCache& cache, const CallSpan& span) const;
+  std::unique_ptr<CoreOps> ops_for(const sdk::Call& call);
 
   LayerSetup setup_;
   sdk::Purpose purpose_;

@@ -50,8 +50,6 @@ class Scratch {
 
   /// Room that every operation of sdk::Ops may use; the same memory at each call, grown when more is asked for.
   void* ops_workspace(std::size_t bytes);
-  /// Bytes held now.
-  sdk::i64 bytes() const;
 
   /// Gives back what was taken while it lived. Frames close in the reverse order.
   class Frame {

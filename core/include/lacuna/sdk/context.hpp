@@ -225,33 +225,41 @@ class Context {
   const Call& call_;
 };
 
-#if defined(__CUDACC__)
 namespace detail {
+#if defined(__CUDACC__)
 template <class F>
 __global__ void for_each_kernel(i64 n, F f) {
   for (i64 i = blockIdx.x * static_cast<i64>(blockDim.x) + threadIdx.x; i < n;
        i += static_cast<i64>(gridDim.x) * blockDim.x)
     f(i);
 }
-}  // namespace detail
 #endif
 
+/// f(i) for i in [0, n) by OpenMP threads or, where nvcc compiles this, on the stream. Throws Failure.
 template <class F>
-void Context::for_each(i64 n, F f) {
+void for_each(bool on_device, [[maybe_unused]] void* stream, i64 n, F f) {
   if (n <= 0) return;
+  if (on_device) {
 #if defined(__CUDACC__)
-  if (call_.on_device) {
     constexpr i64 kThreads = 128, kMaxBlocks = 1 << 16;
     const i64 blocks = (n + kThreads - 1) / kThreads;
-    detail::for_each_kernel<<<static_cast<unsigned>(blocks < kMaxBlocks ? blocks : kMaxBlocks), kThreads, 0,
-                              static_cast<cudaStream_t>(call_.stream)>>>(n, f);
+    for_each_kernel<<<static_cast<unsigned>(blocks < kMaxBlocks ? blocks : kMaxBlocks), kThreads, 0,
+                      static_cast<cudaStream_t>(stream)>>>(n, f);
     if (const cudaError_t e = cudaGetLastError(); e != cudaSuccess) throw Failure(cudaGetErrorString(e));
     return;
-  }
+#else
+    throw Failure("this code was compiled without CUDA and cannot run on a GPU");
 #endif
+  }
   [[maybe_unused]] constexpr i64 kWorthThreads = 1024;  // nvcc does not count its use in the pragma
 #pragma omp parallel for schedule(static) if (n >= kWorthThreads)
   for (i64 i = 0; i < n; ++i) f(i);
+}
+}  // namespace detail
+
+template <class F>
+void Context::for_each(i64 n, F f) {
+  detail::for_each(call_.on_device != 0, call_.stream, n, f);
 }
 
 }  // namespace lacuna::sdk

@@ -41,11 +41,12 @@ class Strategy {
   virtual void refine(Context&, const Budget&, Selection&) {}
   /// Allocators, host: tokens of each model layer.
   virtual void allocate_layers(Context&, LayerBudget&) {}
-  /// Allocators: moves pairs between the rows of a layer. `scores` null where the scorer does not rank.
+  /// Allocators: moves pairs between the rows of a layer (prefill: of a range of tiles). `scores` null where the scorer
+  /// does not rank.
   virtual void allocate_rows(Context&, const Scores*, Budget&) {}
   /// Evicts explicitly; default: top-k of score(evict).
   virtual void retain(Context&, const Budget&, Kept&) {}
-  /// After attention.
+  /// After attention; in a prefill after each range of tiles, whose rows `read` names: only their results are there.
   virtual void attended(Context&, const Attended&) {}
   virtual ~Strategy() = default;
 

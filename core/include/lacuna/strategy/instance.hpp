@@ -26,6 +26,7 @@ struct Resolved {
   /// gqa, sinks and recent as shared; one that the strategy names itself, or that does not apply, is none or 0.
   sdk::Common common() const;
   std::vector<int> dense_layers() const;
+  bool keeps_dense(int layer) const;
   /// {"name": ..., own..., shared..., budget..., "base": {...}}: canonical, for rows, hashes and `dump`. Equal settings
   /// give equal text, and resolving it again gives it back.
   Json describe() const;
