@@ -12,6 +12,7 @@
 #include <set>
 #include <vector>
 
+#include "forwarding_device.hpp"
 #include "lacuna/base/error.hpp"
 #include "lacuna/kv/kv_cache.hpp"
 
@@ -188,31 +189,17 @@ inline std::vector<i32> iota(i32 begin, i32 end) {
 }
 
 /// A device whose allocations can be told to fail.
-class FailingDevice final : public Device {
+class FailingDevice final : public lacuna::testing::ForwardingDevice {
  public:
+  FailingDevice() : ForwardingDevice(test_device()) {}
   int left = -1;  // allocations that still succeed; -1: all
 
-  bool on_device() const override { return real_->on_device(); }
   std::string describe() const override { return "a device that runs out of memory"; }
-  std::size_t free_bytes() const override { return cpu_device()->free_bytes(); }
   void* allocate(std::size_t bytes) override {
     if (left == 0) throw Error({"out of memory", "", "", "", ""});
     if (left > 0) --left;
-    return real_->allocate(bytes);
+    return ForwardingDevice::allocate(bytes);
   }
-  void release(void* pointer) noexcept override { real_->release(pointer); }
-  void copy_in(void* to, const void* from, std::size_t bytes) override { real_->copy_in(to, from, bytes); }
-  void copy_out(void* to, const void* from, std::size_t bytes) override { real_->copy_out(to, from, bytes); }
-  void copy_out_rows(void* to, const void* from, std::size_t rows, std::size_t row_bytes, std::size_t stride) override {
-    real_->copy_out_rows(to, from, rows, row_bytes, stride);
-  }
-  void copy(void* to, const void* from, std::size_t bytes) override { real_->copy(to, from, bytes); }
-  void fill(void* to, int byte, std::size_t bytes) override { real_->fill(to, byte, bytes); }
-  void* stream() const override { return real_->stream(); }
-  void synchronize() override { real_->synchronize(); }
-
- private:
-  std::shared_ptr<Device> real_ = test_device();
 };
 
 }  // namespace kv_test

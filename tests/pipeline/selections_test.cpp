@@ -3,32 +3,20 @@
 
 #include <doctest/doctest.h>
 
+#include "forwarding_device.hpp"
 #include "lacuna/base/error.hpp"
 
 using namespace lacuna;
 using namespace lacuna::sdk;
+using lacuna::testing::ForwardingDevice;
 
 namespace {
 
-class OtherMemory final : public Device {
+/// The CPU's memory, taken for a device's.
+class OtherMemory final : public ForwardingDevice {
  public:
+  OtherMemory() : ForwardingDevice(cpu_device()) {}
   bool on_device() const override { return true; }
-  std::string describe() const override { return "memory that is not the CPU's"; }
-  std::size_t free_bytes() const override { return real_->free_bytes(); }
-  void* allocate(std::size_t bytes) override { return real_->allocate(bytes); }
-  void release(void* pointer) noexcept override { real_->release(pointer); }
-  void copy_in(void* to, const void* from, std::size_t bytes) override { real_->copy_in(to, from, bytes); }
-  void copy_out(void* to, const void* from, std::size_t bytes) override { real_->copy_out(to, from, bytes); }
-  void copy_out_rows(void* to, const void* from, std::size_t rows, std::size_t row_bytes, std::size_t stride) override {
-    real_->copy_out_rows(to, from, rows, row_bytes, stride);
-  }
-  void copy(void* to, const void* from, std::size_t bytes) override { real_->copy(to, from, bytes); }
-  void fill(void* to, int byte, std::size_t bytes) override { real_->fill(to, byte, bytes); }
-  void* stream() const override { return nullptr; }
-  void synchronize() override {}
-
- private:
-  std::shared_ptr<Device> real_ = cpu_device();
 };
 
 /// Row r lists r % 5 pieces and r % 7 tokens, numbered; facts, too.

@@ -1,6 +1,7 @@
 // The timing pass on a GPU: graphs, no allocation on the timed path, and the same selections whatever was called.
 #include <doctest/doctest.h>
 
+#include "forwarding_device.hpp"
 #include "replay/support.hpp"
 #include "replay/timing_bench.hpp"
 
@@ -11,30 +12,15 @@ using namespace lacuna::sdk;
 namespace {
 
 /// The GPU, counting what is allocated.
-class CountingDevice final : public Device {
+class CountingDevice final : public ForwardingDevice {
  public:
-  bool on_device() const override { return true; }
-  std::string describe() const override { return gpu_->describe(); }
-  std::size_t free_bytes() const override { return gpu_->free_bytes(); }
+  CountingDevice() : ForwardingDevice(cuda_device()) {}
   void* allocate(std::size_t bytes) override {
     ++allocations;
-    return gpu_->allocate(bytes);
+    return ForwardingDevice::allocate(bytes);
   }
-  void release(void* pointer) noexcept override { gpu_->release(pointer); }
-  void copy_in(void* to, const void* from, std::size_t bytes) override { gpu_->copy_in(to, from, bytes); }
-  void copy_out(void* to, const void* from, std::size_t bytes) override { gpu_->copy_out(to, from, bytes); }
-  void copy_out_rows(void* to, const void* from, std::size_t rows, std::size_t row_bytes, std::size_t stride) override {
-    gpu_->copy_out_rows(to, from, rows, row_bytes, stride);
-  }
-  void copy(void* to, const void* from, std::size_t bytes) override { gpu_->copy(to, from, bytes); }
-  void fill(void* to, int byte, std::size_t bytes) override { gpu_->fill(to, byte, bytes); }
-  void* stream() const override { return gpu_->stream(); }
-  void synchronize() override { gpu_->synchronize(); }
 
   int allocations = 0;
-
- private:
-  std::shared_ptr<Device> gpu_ = cuda_device();
 };
 
 constexpr i64 kTokens = 4096;

@@ -120,33 +120,16 @@ Eviction decide_eviction(StrategyRuntime* strategy, StrategyRuntime* allocator, 
   std::vector<float> values;  // of `scores`, on the host
   if (strategy && strategy->instance().has_score() && !(explicit_retain && !allocator)) {
     scores.rows = scored;
-    scores.value = scratch.take<float>(scored.count() * cached);
-    fill_floats(scratch.device(), scores.value, kNone, scored.count() * cached);
-    strategy->score(cache, span, scores);
-    if (options.check) {
-      std::vector<float> raw = scratch.read(scores.value, scored.count() * cached);
-      Scores view = scores;
-      view.value = raw.data();
-      check_scores(strategy->culprit("score"), view, plan.score_kind, static_cast<double>(cached));
-    }
-    strategy->with_ops(cache, span, [&](CoreOps& ops) {
-      if (per_query_head && !ranked_per_head) {
-        const Gqa g = strategy->gqa();
-        const Reduce how = g == Gqa::max ? Reduce::max : g == Gqa::mean ? Reduce::mean : Reduce::sum;
-        float* grouped = scratch.take<float>(rows.count() * cached);
-        sdk::Error error{};
-        if (ops.group_reduce(scores.value, grouped, cached, cached, how, &error) != 0)
-          throw lacuna::Error(Problem{"scores could not be reduced over their groups", "", error.text, "evict", ""});
-        scores.value = grouped;
-        scores.rows = rows;
-      }
-      if (!shared_out || strategy->entry().comparable_across_heads) return;
+    scores = ask_scores(*strategy, cache, span, scratch, scores, rows, options.check, static_cast<double>(cached));
+    if (shared_out && !strategy->entry().comparable_across_heads) {
       std::vector<i32> count;
       for (i64 r = 0; r < rows.count(); ++r) count.push_back(length[static_cast<std::size_t>(rows.kv_row(r, heads))]);
-      ops.rank_normalise(scores.value, static_cast<i32>(rows.count()), cached,
-                         scratch.take_copy(count.data(), rows.count()));
+      const i32* counts = scratch.take_copy(count.data(), rows.count());
+      strategy->with_ops(cache, span, [&](CoreOps& ops) {
+        ops.rank_normalise(scores.value, static_cast<i32>(rows.count()), cached, counts);
+      });
       out.rank_normalised = true;
-    });
+    }
     values = scratch.read(scores.value, rows.count() * cached);
     if (options.keep_scores) out.scores = values, out.scores_rows = rows.count();
   }
@@ -169,11 +152,10 @@ Eviction decide_eviction(StrategyRuntime* strategy, StrategyRuntime* allocator, 
     const i64 total = std::accumulate(tokens.begin(), tokens.end(), i64{0});
     allocator->allocate_rows(cache, span, scores.value ? &scores : nullptr, budget);
     if (options.check) check_budget(allocator->culprit("allocate_rows"), HostBudget(scratch, budget).view(), total);
-    tokens = scratch.read(budget.pairs, n);
     scratch.device().copy(budget.tokens, budget.pairs, tokens.size() * sizeof(i64));
   }
-  const std::vector<i32> rules = scratch.read(budget.rule, n), sinks = scratch.read(budget.window_sinks, n),
-                         recent = scratch.read(budget.window_recent, n);
+  const HostBudget decided(scratch, budget);
+  const Budget& target = decided.view();
 
   out.kept.resize(static_cast<std::size_t>(heads));
   if (explicit_retain && !scores.value) {
@@ -193,13 +175,13 @@ Eviction decide_eviction(StrategyRuntime* strategy, StrategyRuntime* allocator, 
       const i64 head = rows.kv_row(r, heads);
       const i32 cached_here = length[static_cast<std::size_t>(head)];
       auto& list = out.kept[static_cast<std::size_t>(head)];
-      const i64 wanted = tokens[static_cast<std::size_t>(r)];
-      const Rule rule = static_cast<Rule>(rules[static_cast<std::size_t>(r)]);
+      const i64 wanted = target.tokens[r];
+      const Rule rule = static_cast<Rule>(target.rule[r]);
       std::vector<i32> kept;
       if (rule == Rule::full || (rule == Rule::ranked && (!out.limited || wanted >= cached_here)))
         kept = everything(cached_here);
       else if (rule == Rule::window)
-        kept = ends(cached_here, sinks[static_cast<std::size_t>(r)], recent[static_cast<std::size_t>(r)]);
+        kept = ends(cached_here, target.window_sinks[r], target.window_recent[r]);
       else if (rule == Rule::none)
         kept = ends(cached_here, plan.sinks, plan.recent);
       else if (!scores.value)

@@ -90,8 +90,11 @@ Choice LayerPipeline::choose_for(const CallSpan& span, const ChooseOptions& opti
   if (select_ && !dense_layer(*select_))
     return choose(*select_, evict_ && span.phase == Phase::decode ? nullptr : allocate_.get(), cache_, setup_, span,
                   options, visit);
-  const i64 queries = span.end - span.begin;
-  const i32 q_tile = span.phase == Phase::prefill ? kDenseTile : static_cast<i32>(queries);
+  return everything_for(span, options, visit);
+}
+
+Choice LayerPipeline::everything_for(const CallSpan& span, const ChooseOptions& options, const RangeVisitor& visit) {
+  const i32 q_tile = span.phase == Phase::prefill ? kDenseTile : static_cast<i32>(span.end - span.begin);
   return choose_everything(cache_, setup_, span, q_tile, options, visit);
 }
 
@@ -120,7 +123,6 @@ class Results {
   Results(Scratch& scratch, i64 rows, i64 head_dim) : scratch_(scratch), rows_(rows), head_dim_(head_dim) {}
 
   void make(std::vector<float>& out, std::vector<float>& lse) {
-    if (made()) return;
     out.resize(static_cast<std::size_t>(rows_ * head_dim_));
     lse.resize(static_cast<std::size_t>(rows_));
     this->out = scratch_.on_device() ? scratch_.take<float>(rows_ * (head_dim_ + 1)) : out.data();
@@ -168,11 +170,7 @@ Step LayerPipeline::choose_and_attend(const CallSpan& span, bool everything) {
     if (plain_too) attend_to(span, read, {true, true}, plain.out, plain.lse);
     attended(span, read, weighted.out, weighted.lse);
   };
-  if (everything)
-    step.choice = choose_everything(
-        cache_, setup_, span, span.phase == Phase::prefill ? kDenseTile : static_cast<i32>(q.count), options_, visit);
-  else
-    step.choice = choose_for(span, options_, visit);
+  step.choice = everything ? everything_for(span, options_, visit) : choose_for(span, options_, visit);
   weighted.fetch(step.out, step.lse);
   plain.fetch(step.unweighted_out, step.unweighted_lse);
 

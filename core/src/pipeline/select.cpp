@@ -198,28 +198,10 @@ class Chooser {
   /// Scores of a range as they will be ranked: reduced over groups.
   Scores scored(i32 begin, i32 count, Choice& out) {
     const i64 n = units();
-    const Rows of = rows(plan().per_query_head, begin, count);
-    Scores scores{of, scratch_.take<float>(of.count() * n), n, static_cast<i32>(n), plan().unit_tokens, -1};
-    fill_floats(device_, scores.value, -std::numeric_limits<float>::infinity(), of.count() * n);
-    strategy_.score(cache_, span_, scores);
-    if (options_.check) {
-      const std::vector<float> host = scratch_.read(scores.value, of.count() * n);
-      Scores view = scores;
-      view.value = const_cast<float*>(host.data());
-      check_scores(strategy_.culprit("score"), view, plan().score_kind, 1.0);
-    }
-    if (plan().per_query_head && reduced()) {
-      scores.rows = rows(false, begin, count);
-      float* grouped = scratch_.take<float>(scores.rows.count() * n);
-      strategy_.with_ops(cache_, span_, [&](CoreOps& ops) {
-        const Gqa g = strategy_.gqa();
-        const Reduce how = g == Gqa::max ? Reduce::max : g == Gqa::mean ? Reduce::mean : Reduce::sum;
-        sdk::Error error{};
-        if (ops.group_reduce(scores.value, grouped, count * n, count * n, how, &error) != 0)
-          refuse("could not be reduced over its groups", "", error.text);
-      });
-      scores.value = grouped;
-    }
+    const Scores scores =
+        ask_scores(strategy_, cache_, span_, scratch_,
+                   {rows(plan().per_query_head, begin, count), nullptr, n, static_cast<i32>(n), plan().unit_tokens, -1},
+                   rows(!reduced(), begin, count), options_.check, 1.0);
     if (options_.keep_scores) keep_scores(scores, out);
     return scores;
   }

@@ -135,6 +135,35 @@ void HostSelection::check_guards(const Culprit& who) const {
               "plan max_pieces and max_tokens as large as the lists get"});
 }
 
+Scores ask_scores(StrategyRuntime& strategy, KvCache& cache, const CallSpan& span, Scratch& scratch, Scores scores,
+                  const Rows& ranked, bool check, double row_mass) {
+  const i64 elements = scores.rows.count() * scores.stride;
+  scores.value = scratch.take<float>(elements);
+  fill_floats(scratch.device(), scores.value, -std::numeric_limits<float>::infinity(), elements);
+  strategy.score(cache, span, scores);
+  if (check) {
+    std::vector<float> host = scratch.read(scores.value, elements);
+    Scores view = scores;
+    view.value = host.data();
+    check_scores(strategy.culprit("score"), view, strategy.plan().score_kind, row_mass);
+  }
+  if (scores.rows.per_query_head == ranked.per_query_head) return scores;
+  const Gqa g = strategy.gqa();
+  const Reduce how = g == Gqa::max ? Reduce::max : g == Gqa::mean ? Reduce::mean : Reduce::sum;
+  const i64 of_head = static_cast<i64>(ranked.tiles) * scores.stride;
+  float* grouped = scratch.take<float>(ranked.count() * scores.stride);
+  strategy.with_ops(cache, span, [&](CoreOps& ops) {
+    sdk::Error error{};
+    if (ops.group_reduce(scores.value, grouped, of_head, of_head, how, &error) != 0)
+      throw lacuna::Error(Problem{
+          std::string("scores of strategy '") + strategy.entry().name + "' could not be reduced over their groups", "",
+          error.text, "group_reduce", ""});
+  });
+  scores.value = grouped;
+  scores.rows = ranked;
+  return scores;
+}
+
 Selection unite_groups(Scratch& scratch, CoreOps& ops, const Paged& kv, const Selection& of_heads, i32 num_kv_heads) {
   Rows rows = of_heads.rows;
   const i32 group = rows.heads / num_kv_heads;

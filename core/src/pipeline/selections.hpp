@@ -46,6 +46,11 @@ class HostSelection {
   std::unique_ptr<float[]> weights_;
 };
 
+/// Asks the strategy for the scores of rows.rows (`value` is taken from the scratch memory, -inf before), checks them
+/// if `check` (a row sums to `row_mass` at most), and reduces them over each group where `ranked` are KV heads.
+sdk::Scores ask_scores(StrategyRuntime& strategy, KvCache& cache, const CallSpan& span, Scratch& scratch,
+                       sdk::Scores scores, const sdk::Rows& ranked, bool check, double row_mass);
+
 /// KV-head rows that read whatever any head of their group chose, each slot listed once, ascending; without log
 /// weights.
 sdk::Selection unite_groups(Scratch& scratch, CoreOps& ops, const sdk::Paged& kv, const sdk::Selection& of_heads,

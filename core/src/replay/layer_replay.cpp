@@ -19,8 +19,6 @@ std::vector<float> slice(const std::vector<float>& all, i64 heads, i64 tokens, i
 }
 
 constexpr i64 kLeastRange = i64{16} << 20, kMostRange = i64{512} << 20;  // scores, or entries of lists, at once
-/// Bytes beside each: reduced scores, lists, members of unions, and the key lists of attention.
-constexpr i64 kBytesPerElement = 20;
 }  // namespace
 
 LayerReplay::LayerReplay(const Trace& trace, int layer, i32 page_size, bool poison, std::shared_ptr<Device> device)
@@ -40,8 +38,8 @@ LayerReplay::LayerReplay(const Trace& trace, int layer, i32 page_size, bool pois
     const std::size_t free = scratch_->device().free_bytes();
     const MemoryPlan plan = memory(trace, layer, page_size);
     plan.require(free, scratch_->device().describe());
-    range_elements_ =
-        std::clamp(kLeastRange + static_cast<i64>(free - plan.total()) / kBytesPerElement / 2, kLeastRange, kMostRange);
+    range_elements_ = std::clamp(kLeastRange + static_cast<i64>(free - plan.total()) / kRangeElementBytes / 2,
+                                 kLeastRange, kMostRange);
   }
   queries_ = {tensors_.q.data, tensors_.q.dtype, tokens_, nullptr};
   kv_ = {tensors_.k.data, tensors_.v.data, tensors_.k.dtype, tokens_};
@@ -88,7 +86,7 @@ std::shared_ptr<PagePool> LayerReplay::make_pool(const std::shared_ptr<Device>& 
 
 MemoryPlan LayerReplay::memory(const Trace& trace, int layer, i32 page_size) {
   const Layer l = trace.info().layer(layer);
-  const LayerTensors tensors = trace.layer(layer);
+  const LayerTensors tensors = trace.unchecked_layer(layer);
   const i64 tokens = trace.info().tokens(), pages = (tokens + page_size - 1) / page_size + 1;
   const i64 q_elements = l.num_qo_heads * tokens * l.head_dim, kv_elements = l.num_kv_heads * tokens * l.head_dim;
   MemoryPlan plan;
@@ -103,7 +101,7 @@ MemoryPlan LayerReplay::memory(const Trace& trace, int layer, i32 page_size) {
   add("key lists", std::min(kKeyLists, rows * tokens * static_cast<i64>(sizeof(i32))));
   add("matched oracle", std::min(kOracle, rows * tokens * 24) + 16 * l.num_qo_heads * tokens);
   add("operations", static_cast<i64>(ops_workspace_bytes(true, l, 1, tokens, tokens)));
-  add("scores and lists", kLeastRange * kBytesPerElement);
+  add("scores and lists", kLeastRange * kRangeElementBytes);
   return plan;
 }
 

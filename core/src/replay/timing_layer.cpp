@@ -15,7 +15,6 @@ namespace {
 
 constexpr i64 kSyntheticTokens = 4096;  // longer layers repeat them
 constexpr int kMostCopies = 16;
-constexpr double kBytesPerElement = 20;  // a score, its group's, list entries, members of unions
 
 u16 to_half(float x, Dtype dtype) { return dtype == Dtype::bf16 ? to_bf16(x) : to_f16(x); }
 
@@ -132,7 +131,7 @@ MemoryPlan timing_memory(const CostOptions& options, i64 tokens, i32 page_size, 
   // Scores, grouped scores, lists and what makes one of another, of a range; never more than all of them.
   const double all =
       static_cast<double>(s.num_qo_heads) * static_cast<double>(tokens) * static_cast<double>(tokens) / 64;
-  plan.add("scores and lists", size(kBytesPerElement * std::min(static_cast<double>(kRangeElements), all)));
+  plan.add("scores and lists", size(kRangeElementBytes * std::min(static_cast<double>(kRangeElements), all)));
   if (!on_device) return plan;
   Layer layer{0, 1, s.num_qo_heads, s.num_kv_heads, s.head_dim, 1, 0};
   plan.add("operations' workspace", ops_workspace_bytes(true, layer, 1, tokens, tokens));

@@ -5,19 +5,11 @@
 
 #include <algorithm>
 
+#include "report/escaped.hpp"
 #include "report/pool.hpp"
 
 namespace lacuna {
 namespace {
-
-std::string escaped(const std::string& text) {
-  std::string out;
-  for (const char c : text) {
-    if (c == '|') out += '\\';
-    out += c == '\n' ? ' ' : c;
-  }
-  return out;
-}
 
 std::string us(double value) { return value < 100 ? fmt::format("{:.1f}", value) : fmt::format("{:.0f}", value); }
 std::string us(const std::optional<Timing>& t) { return t ? us(t->median_us) : "–"; }

@@ -8,19 +8,10 @@
 
 #include "lacuna/report/render.hpp"
 #include "report/cost_table.hpp"
+#include "report/escaped.hpp"
 
 namespace lacuna {
 namespace {
-
-/// Cells of a table must not end it.
-std::string escaped(const std::string& text) {
-  std::string out;
-  for (const char c : text) {
-    if (c == '|') out += '\\';
-    out += c == '\n' ? ' ' : c;
-  }
-  return out;
-}
 
 std::string number(double value) {
   if (!std::isfinite(value)) return "–";

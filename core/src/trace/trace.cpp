@@ -249,9 +249,13 @@ Trace Trace::from_memory(TraceInfo info, std::map<std::string, std::pair<std::ve
 
 const TraceInfo& Trace::info() const { return impl_->info; }
 
-LayerTensors Trace::layer(int index) const {
+LayerTensors Trace::unchecked_layer(int index) const {
   impl_->info.layer(index);
-  const LayerTensors t = impl_->tensors_of(index);
+  return impl_->tensors_of(index);
+}
+
+LayerTensors Trace::layer(int index) const {
+  const LayerTensors t = unchecked_layer(index);
   if (const int last = impl_->last_layer.exchange(index); impl_->file && last >= 0 && last != index) {
     const LayerTensors old = impl_->tensors_of(last);
     for (const Tensor* o : {&old.q, &old.k, &old.v, &old.wo, &old.k_pre}) {

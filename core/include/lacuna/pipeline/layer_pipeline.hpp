@@ -83,6 +83,7 @@ class LayerPipeline {
   void prepare(const CallSpan& span, sdk::Phase select_phase);
   void refresh_sides(const CallSpan& span);
   void follow_slots();
+  Choice everything_for(const CallSpan& span, const ChooseOptions& options, const RangeVisitor& visit);
   Step choose_and_attend(const CallSpan& span, bool everything);
   bool dense_layer(const StrategyRuntime& runtime) const;
 

@@ -57,6 +57,9 @@ struct ChooseOptions {
   sdk::i64 range_elements = sdk::i64{32} << 20;  // scores, or entries of lists, that exist at once; more tiles: ranges
 };
 
+/// Memory of an element of a range: its score and its group's, list entries, members of unions.
+inline constexpr sdk::i64 kRangeElementBytes = 20;
+
 /// Called with the selection of each range of tiles, in order; it is memory of the cache's device and gone after the
 /// call.
 using RangeVisitor = std::function<void(const sdk::Selection&)>;

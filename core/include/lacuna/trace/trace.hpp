@@ -71,6 +71,8 @@ class Trace {
   /// naming tensor, head and token). Asking for another layer gives the memory of the last one back; its tensors stay
   /// valid.
   LayerTensors layer(int index) const;
+  /// The same without a look at the values: for shapes and types.
+  LayerTensors unchecked_layer(int index) const;
   std::vector<sdk::i32> tokens() const;
   /// Hash of the file's bytes (of the tensors' for a trace in memory), 16 hex digits; computed once.
   const std::string& content_id() const;
