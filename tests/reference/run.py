@@ -8,26 +8,24 @@ of the cases runs. Exit 1: a difference that is no tie. --only takes a case or t
 """
 
 import argparse
+import importlib
 import os
 import sys
 import time
 from pathlib import Path
 from trace import Layer, Trace
 
-import allocators
-import baselines
-import blocks
-import h2o
-import magicpig
-import quest
-import snapkv
-import twilight
-import vertical_slash
 from compare import CLI, ROOT, Dump, Report, check_metadata
 
-FAMILIES = (baselines, quest, snapkv, h2o, vertical_slash, blocks, magicpig, twilight, allocators)
+HERE = Path(__file__).resolve().parent
 SHIPPED = ROOT / "scenarios/data/smollm2-needles-2k.safetensors"
 SHOWN = 6  # failures and ties printed a case
+
+
+def families():
+    """Every module of this folder that has cases()."""
+    modules = [importlib.import_module(p.stem) for p in sorted(HERE.glob("*.py")) if p.stem != Path(__file__).stem]
+    return [m for m in modules if hasattr(m, "cases")]
 
 
 def runs_on(case, trace, layer, shipped):
@@ -74,7 +72,7 @@ def main():
     options = parser.parse_args()
     if not Path(CLI).exists():
         sys.exit(f"{CLI}: no such program; build it or set LACUNA_CLI")
-    cases = [c for family in FAMILIES for c in family.cases()]
+    cases = [c for family in families() for c in family.cases()]
     cases = [c for c in cases if c.name.startswith(options.only) and options.phase in (None, c.phase)]
     if not cases:
         sys.exit(f"no case begins with '{options.only}'")
