@@ -21,7 +21,9 @@ const char kRebuild[] = "Rebuild it against the headers of this Lacuna.";
 
 /// Bytes of an Entry in a plug-in of that minor.
 std::size_t entry_bytes(int abi_minor) {
-  return abi_minor == 0 ? offsetof(sdk::Entry, constraints) : sizeof(sdk::Entry);
+  return abi_minor == 0   ? offsetof(sdk::Entry, constraints)
+         : abi_minor == 1 ? offsetof(sdk::Entry, needs)
+                          : sizeof(sdk::Entry);
 }
 
 bool is_name(const char* text) {
@@ -220,6 +222,7 @@ void check_descriptor(const sdk::Descriptor& d, const std::string& library) {
 sdk::Entry whole_entry(const sdk::Entry& entry, int abi_minor) {
   sdk::Entry out{};
   std::memcpy(&out, &entry, entry_bytes(abi_minor));
+  if (!out.cost) out.cost = "";
   return out;
 }
 

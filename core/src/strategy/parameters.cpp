@@ -238,7 +238,8 @@ std::string near_name(const std::string& name, const std::vector<std::string>& k
 }
 
 std::string range_fault(const ParamSpec& spec) {
-  static const std::set<std::string> kNumbers = {"int", "float", "ints"}, kOthers = {"bool", "classes", "strategy"};
+  static const std::set<std::string> kNumbers = {"int", "float", "ints"},
+                                     kOthers = {"bool", "classes", "data", "strategy"};
   if (kNumbers.contains(spec.type))
     return interval(spec.range) ? "" : fmt::format("range '{}' is not lo..hi, lo<..hi or lo..<hi", spec.range);
   if (kOthers.contains(spec.type)) return spec.range.empty() ? "" : fmt::format("type {} takes no range", spec.type);

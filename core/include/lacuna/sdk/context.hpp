@@ -3,6 +3,7 @@
 // them: it turns error codes into exceptions inside the plug-in, so that none crosses the boundary.
 #pragma once
 
+#include <cstdio>
 #include <stdexcept>
 #include <string>
 
@@ -27,6 +28,9 @@ struct Call {
   Random random;
   i32 on_device;
   void* stream;  // cudaStream_t, or null on the CPU
+  // Since ABI 1.2.
+  i64 prompt_tokens;                    // of the sequence; later positions were generated
+  i64 question_begin, question_tokens;  // the prompt's question as positions; 0 tokens where none is known
 };
 
 /// The fused operations. Every pointer is device memory iff Call::on_device; nothing synchronises; results do not
@@ -70,6 +74,14 @@ class Ops {
   ~Ops() = default;
 };
 
+/// Some of the cached tokens of each KV head, for a wrapper that scores parts of a cache.
+struct Subset {
+  const i32* count;  // [kv.rows]
+  const i32* slots;  // [kv.rows, stride] ascending
+  i64 stride;
+  i64 now;  // queries at or after this position do not exist yet
+};
+
 enum class ArrayKind : i32 { side, state, workspace };
 enum class Span : i32 { current, last, seen };
 
@@ -84,8 +96,33 @@ class Services {
   virtual i32 base_scores(Scores* out, Error*) noexcept = 0;
   virtual void charge(double bytes, double flops) noexcept = 0;
 
+  // Since ABI 1.2. A core that cannot serve one says so.
+  /// out [n, head_dim]: cosines, then sines, of the head_dim / 2 channel pairs (rotate-half) at positions begin ...
+  virtual i32 rotations(i64 /*begin*/, i64 /*n*/, float* /*out*/, Error* e) noexcept {
+    return unserved("rotations", e);
+  }
+  virtual i32 unrotated_queries(Span, i64 /*n*/, Queries*, Error* e) noexcept {
+    return unserved("unrotated queries", e);
+  }
+  virtual i32 unrotated_keys(Array*, Error* e) noexcept { return unserved("unrotated keys", e); }
+  virtual i32 output_projection(Array*, Error* e) noexcept { return unserved("the output projection", e); }
+  virtual i32 data(const char* /*param*/, const char* /*array*/, i32 /*layer*/, Array*, Error* e) noexcept {
+    return unserved("calibration data", e);
+  }
+  virtual i32 carried(const char* /*name*/, Dtype, i64 /*elements*/, Array*, Error* e) noexcept {
+    return unserved("arrays carried from layer to layer", e);
+  }
+  virtual i32 base_scores_of(const Subset&, Scores*, Error* e) noexcept { return unserved("scores of a subset", e); }
+
  protected:
   ~Services() = default;
+
+ private:
+  static i32 unserved(const char* what, Error* error) noexcept {
+    error->code = 1;
+    std::snprintf(error->text, sizeof error->text, "%s cannot be had here", what);
+    return 1;
+  }
 };
 
 template <class T>
@@ -187,9 +224,52 @@ class Context {
   void oracle_mass(Scores& out) {
     run([&](Error* e) { return services_.oracle_mass(&out, e); });
   }
-  /// Wrappers: the base's own scores into `out` (rows and unit as the base's plan).
+  /// Wrappers: the base's own scores into `out` (rows and unit as the base's plan). In eviction they come as they would
+  /// be ranked: reduced over the group, with the tokens that the base forces at +inf.
   void base_scores(Scores& out) {
     run([&](Error* e) { return services_.base_scores(&out, e); });
+  }
+  /// Eviction wrappers: the scores that the base gives to the tokens of a subset when nothing else is cached, at their
+  /// slots; -inf elsewhere. Waits for the device.
+  void base_scores_of(const Subset& subset, Scores& out) {
+    run([&](Error* e) { return services_.base_scores_of(subset, &out, e); });
+  }
+
+  /// Queries as they were before RoPE, fp32, good until the call ends; see last_queries() and seen_queries().
+  Queries unrotated_last_queries(i64 n) { return unrotated_queries(Span::last, n); }
+  Queries unrotated_seen_queries() { return unrotated_queries(Span::seen, 0); }
+  /// Keys as they were before RoPE: fp32 [kv.rows, kv.max_length, head_dim] by slot, good until the call ends.
+  const float* unrotated_keys() {
+    Array out{};
+    run([&](Error* e) { return services_.unrotated_keys(&out, e); });
+    return static_cast<const float*>(out.data);
+  }
+  /// Cosines, then sines, of RoPE at positions [begin, begin + n), scaled as the model scales them: out [n, head_dim];
+  /// pair c turns channels c and c + head_dim / 2.
+  void rotations(i64 begin, i64 n, float* out) {
+    run([&](Error* e) { return services_.rotations(begin, n, out, e); });
+  }
+  /// W_O [d_model, num_qo_heads * head_dim]; data is null where the trace has none (declare kNeedsProjection).
+  Array output_projection() {
+    Array out{};
+    run([&](Error* e) { return services_.output_projection(&out, e); });
+    return out;
+  }
+  /// An array of the parameter's calibration file, of this layer or another one (fp32, device memory iff the call runs
+  /// there); data is null where the file has none.
+  Array data(const char* param, const char* array) { return data(param, array, layer().index); }
+  Array data(const char* param, const char* array, i32 of_layer) {
+    Array out{};
+    run([&](Error* e) { return services_.data(param, array, of_layer, &out, e); });
+    return out;
+  }
+  /// An array that goes from layer to layer: one per (sequence, phase, step, name), zero-filled when first asked for.
+  /// What a layer writes the next ones read. Declare kNeedsAllLayers.
+  template <class T>
+  T* carried(const char* name, i64 elements) {
+    Array out{};
+    run([&](Error* e) { return services_.carried(name, dtype_of<T>::value, elements, &out, e); });
+    return static_cast<T*>(out.data);
   }
   /// Work of loops over the arrays below (the fused operations charge themselves).
   void charge(double bytes, double flops) { services_.charge(bytes, flops); }
@@ -209,6 +289,11 @@ class Context {
   Queries queries(Span span, i64 n) {
     Queries out{};
     run([&](Error* e) { return services_.queries(span, n, &out, e); });
+    return out;
+  }
+  Queries unrotated_queries(Span span, i64 n) {
+    Queries out{};
+    run([&](Error* e) { return services_.unrotated_queries(span, n, &out, e); });
     return out;
   }
   static void check_dtype(const Array& a, Dtype expected, const char* name) {

@@ -15,9 +15,9 @@
 
 namespace lacuna::sdk {
 
-/// One parameter as the core sees it. `type`: int | float | bool | string | ints | classes | strategy. `range`: for
-/// numbers "lo..hi", where either end may be missing (unbounded) and a `<` beside the dots excludes an end ("0<..1");
-/// for strings "a|b|c"; or empty.
+/// One parameter as the core sees it. `type`: int | float | bool | string | ints | classes | data | strategy. `range`:
+/// for numbers "lo..hi", where either end may be missing (unbounded) and a `<` beside the dots excludes an end
+/// ("0<..1"); for strings "a|b|c"; or empty.
 struct Param {
   const char *name, *doc, *type, *default_value, *range;
   i32 is_budget_knob;
@@ -33,6 +33,12 @@ struct Constraint {
 using Ints = std::vector<i32>;
 /// KV heads by model layer, from a class table: TOML `[layer.3] full = [0, 2]`.
 using Classes = std::map<i32, std::vector<i32>>;
+/// Named arrays by model layer, from a calibration file (.safetensors, or TOML: `[layer.3] name = [...]`): the file's
+/// name, or "" for none. The arrays are had by Context::data(); strategies that implement calibrate() write them.
+struct Data {
+  std::string file;
+  bool given() const { return !file.empty(); }
+};
 /// The name of another strategy, owned by the core (wrappers): only its presence matters to the plug-in. `by_default`:
 /// the role table that stands in where none is given, as JSON ({"name": ..., "density": ...}); "null": one must be.
 struct Base {
@@ -74,6 +80,7 @@ inline std::string to_json(const Classes& v) {
   }
   return out + "}";
 }
+inline std::string to_json(const Data& v) { return to_json(v.file); }
 inline std::string to_json(const Base& v) { return v.by_default; }
 
 template <class T>
@@ -90,6 +97,8 @@ constexpr const char* type_name() {
     return "ints";
   else if constexpr (std::is_same_v<T, Classes>)
     return "classes";
+  else if constexpr (std::is_same_v<T, Data>)
+    return "data";
   else
     return "strategy";
 }
@@ -149,6 +158,7 @@ inline void parse(const std::string& s, Classes& v) {
   for (const auto& [layer, heads] : json_members(s.c_str()))
     v[static_cast<i32>(std::strtol(layer.c_str(), nullptr, 10))] = parse_ints(heads);
 }
+inline void parse(const std::string& s, Data& v) { parse(s, v.file); }
 inline void parse(const std::string&, Base&) {}
 
 }  // namespace detail

@@ -11,7 +11,7 @@
 namespace lacuna::sdk {
 
 inline constexpr u64 kMagic = 0x6c6163756e615f31ull;  // "lacuna_1"
-inline constexpr i32 kAbiMajor = 1, kAbiMinor = 1;
+inline constexpr i32 kAbiMajor = 1, kAbiMinor = 2;
 inline constexpr const char* kSdkVersion = "0.1.0";
 #if defined(_GLIBCXX_USE_CXX11_ABI) && _GLIBCXX_USE_CXX11_ABI
 inline constexpr const char* kCxxRuntime = "libstdc++-cxx11";
@@ -21,12 +21,27 @@ inline constexpr const char* kCxxRuntime = "libc++";
 inline constexpr const char* kCxxRuntime = "libstdc++-old";
 #endif
 
+/// What calibration gathers. The queries and keys of the call are those of one trace's layer: all its tokens, prompt
+/// and continuation. Host memory, fp64 sums over the traces; what put() is given becomes the calibration file.
+class Calibration {
+ public:
+  i32 trace = 0, traces = 1;  // this call's trace of the layer's; the last one writes the results
+  bool last() const { return trace == traces - 1; }
+  /// n sums of this layer, zero at its first trace and kept until its last.
+  virtual double* sums(const char* name, i64 n) noexcept = 0;
+  /// An array of this layer for the file; rank at most 3.
+  virtual void put(const char* name, const float* values, i32 rank, const i64* extent) noexcept = 0;
+
+ protected:
+  ~Calibration() = default;
+};
+
 /// A strategy implements the roles it needs and no others: which ones it overrides is found at compile time and decides
 /// what it can be used for. A ranking method implements score(); an explicit one mark() (select) or retain() (evict).
 /// Order of calls per layer and phase:
 ///   index -> score -> (core: reduce by gqa) -> allocate_rows -> (core: force, top-k | top-p) | mark -> refine ->
-///   (core: attend) -> attended -> (evict due?) score(evict) -> allocate_rows -> retain | (core: top-k) -> compaction
-///   -> index
+///   (core: attend) -> attended -> (evict due?) score(evict) -> allocate_rows -> retain | (core: top-k) -> rewrite ->
+///   compaction -> index
 class Strategy {
  public:
   /// Host, once per shape: unit, tile, forced units, sides, states, workspace.
@@ -48,12 +63,25 @@ class Strategy {
   virtual void retain(Context&, const Budget&, Kept&) {}
   /// After attention; in a prefill after each range of tiles, whose rows `read` names: only their results are there.
   virtual void attended(Context&, const Attended&) {}
+  /// Changes what is kept: after an eviction's tokens are chosen and before the cache is compacted (eviction).
+  virtual void rewrite(Context&, const Rewrite&) {}
+  /// `lacuna calibrate`: fills the arrays of a Data parameter; once per trace and layer, layer by layer, on the CPU.
+  virtual void calibrate(Context&, Calibration&) {}
   virtual ~Strategy() = default;
 
   Common common;  // filled before plan()
 };
 
 enum Phases : i32 { kPrefill = 1, kDecode = 2, kEvict = 4 };
+
+/// What a strategy cannot do without; where it is missing the strategy is skipped, and the row says why.
+enum Needs : i32 {
+  kNeedsAllLayers = 1,   // every layer of the model, in order
+  kNeedsProjection = 2,  // W_O
+  kNeedsStatistics = 4,  // LayerBudget::entropy
+  kNeedsQuestion = 8,    // a question in the prompt
+  kNeedsData = 16        // a file for its Data parameter
+};
 
 /// What a strategy says about itself. Texts are static.
 struct Info {
@@ -73,6 +101,8 @@ struct Info {
   i32 nested = 0;                   // a larger budget's set contains a smaller one's
   i32 takes_budget = 1;             // 0: only its own parameters (or a budget knob)
   i32 wrapper = 0;                  // needs base = {...}
+  i32 needs = 0;                    // Needs
+  const char* cost = "";            // selection work as a formula, for one decode step, prefill or eviction; "": none
 };
 
 /// The table that crosses the boundary. A role that the class does not override is null.
@@ -99,6 +129,11 @@ struct Entry {
   /// `broken`: the first constraint that the parameters break, or -1.
   i32 (*check)(const char* parameters_json, i32* broken, Error*);
   i32 device_code;  // 1: nvcc compiled it, so that its loops run on a GPU too
+  // Since ABI 1.2.
+  i32 needs;
+  const char* cost;
+  i32 (*rewrite)(Strategy*, Services*, const Rewrite*, Error*);
+  i32 (*calibrate)(Strategy*, Services*, Calibration*, Error*);
 };
 
 /// The exported symbol `lacuna_plugin`.
@@ -214,6 +249,8 @@ class __attribute__((visibility("hidden"))) EntryFor {
       e.nested = info.nested;
       e.takes_budget = info.takes_budget;
       e.wrapper = info.wrapper;
+      e.needs = info.needs;
+      e.cost = info.cost;
       e.params = params.data();
       e.num_params = static_cast<i32>(params.size());
       e.constraints = constraints.data();
@@ -242,6 +279,8 @@ class __attribute__((visibility("hidden"))) EntryFor {
                   (c, v, *x))
       LACUNA_ROLE(retain, (Strategy * s, Services * services, const Budget* b, Kept* x, Error* error), (c, *b, *x))
       LACUNA_ROLE(attended, (Strategy * s, Services * services, const Attended* x, Error* error), (c, *x))
+      LACUNA_ROLE(rewrite, (Strategy * s, Services * services, const Rewrite* x, Error* error), (c, *x))
+      LACUNA_ROLE(calibrate, (Strategy * s, Services * services, Calibration * x, Error * error), (c, *x))
 #undef LACUNA_ROLE
       return e;
     }();

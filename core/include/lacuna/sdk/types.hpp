@@ -225,11 +225,31 @@ struct Selection {
       *exact_window;  // [rows] besides: cells with slot < sinks, or query slot - slot < window, cut exactly
   i32* full;          // [rows] 1: every visible cell, whatever else is listed
   float *piece_log_weight, *token_log_weight;  // null, or added to the logits (importance sampling)
+  // Since ABI 1.2: tokens that are in no cache and are attended to besides, as if a query saw each of them once with
+  // exp(extra_log_weight) times its share (a cluster's centroid that stands for its keys). They read no cached token:
+  // budgets and mass kept do not count them.
+  i32 extra_capacity;        // a row's room, Plan::max_extras; 0: none
+  i32* extra_count;          // [rows]
+  float *extra_k, *extra_v;  // [rows, extra_capacity, head_dim]
+  float* extra_log_weight;   // [rows, extra_capacity]
 };
 
 /// What a selection of `retain` must hold: rows are KV heads, one tile, tokens only.
 struct Kept {
   Selection set;
+};
+
+/// What an eviction leaves in the tokens that it keeps. Rows are KV heads. `k` and `v` hold every cached token by its
+/// slot before compaction; what a strategy writes to kept slots goes to the sequence's own cache (rounded to its type),
+/// the rest is dropped.
+struct Rewrite {
+  i32 rows, head_dim;
+  i64 slots;                    // elements between rows of k, v and kept, over head_dim for k and v
+  const i32* kept_count;        // [rows]
+  const i32* kept;              // [rows, slots] ascending slots that stay
+  float *k, *v;                 // [rows, slots, head_dim] keys after RoPE
+  i32* channels_dropped_until;  // [rows] keys at slots below it lose the channels named next; 0: none
+  u8* drop_channel;             // [rows, head_dim] 1: this channel of those keys is not kept (read as 0, not counted)
 };
 
 /// Units whose side data must be brought up to date: units [begin[row], end[row]) of each KV row.
@@ -255,6 +275,9 @@ struct LayerBudget {
   i64 cached_tokens;  // tokens before the cut
   i64 forced_tokens;  // the scorer's forced window
   double* tokens;     // [num_layers] in: mean_tokens everywhere; out: this layer's target of a head
+  // Since ABI 1.2. Mean entropy (nats) of the dense attention rows of each layer's prompt queries, over heads; null
+  // unless the strategy declares kNeedsStatistics.
+  const double* entropy;
 };
 
 enum class SidePer : i32 { token, unit };
@@ -298,6 +321,7 @@ struct Plan {
   i32 num_sides, num_states;
   Side sides[8];
   State states[8];
+  i64 max_extras;  // since ABI 1.2: a row's room for Selection::extra_*; 0: none
 };
 
 /// Philox4x32-10 (Salmon et al. 2011, "Parallel random numbers: as easy as 1, 2, 3"). The core keys it by
