@@ -93,7 +93,7 @@ Eviction decide_eviction(StrategyRuntime* strategy, StrategyRuntime* allocator, 
   if (allocator && allocator->instance().has_allocate_layers() && out.limited && capacity < 0) {
     std::vector<double> tokens(static_cast<std::size_t>(layer.num_layers), static_cast<double>(out.mean_tokens));
     LayerBudget layers{layer.num_layers, out.mean_tokens, cached, std::max(plan.sinks, 0) + std::max(plan.recent, 0),
-                       tokens.data()};
+                       tokens.data(),    setup.entropy};
     allocator->allocate_layers(cache, span, layers);
     for (const double t : tokens)
       if (!(t >= 0))

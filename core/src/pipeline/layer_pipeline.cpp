@@ -3,6 +3,7 @@
 #include <algorithm>
 
 #include "lacuna/attention/cuda_attention.hpp"
+#include "lacuna/attention/extras.hpp"
 #include "lacuna/base/error.hpp"
 #include "lacuna/pipeline/budget.hpp"
 
@@ -103,10 +104,19 @@ AttentionWork LayerPipeline::attend_to(const CallSpan& span, const Selection* re
   const Attention a{setup_.layer, cache_.view(),      setup_.queries.span(setup_.layer, span.begin, span.end),
                     read,         how.ignore_weights, how.precise};
   Scratch& scratch = *setup_.scratch;
-  if (!scratch.on_device()) return attend(a, out, lse);
+  const auto extras = [&] {
+    if (!read || read->extra_capacity == 0 || how.ignore_weights) return;
+    attend_extras(scratch.device(), a, scratch.take<float>(extras_workspace(a)), out, lse);
+  };
   const Scratch::Frame frame(scratch);
+  if (!scratch.on_device()) {
+    const AttentionWork work = attend(a, out, lse);
+    extras();
+    return work;
+  }
   const std::size_t bytes = plan_cuda_attention(a).workspace_bytes;
   attend_cuda(a, out, lse, scratch.take<std::byte>(static_cast<i64>(bytes)), bytes, scratch.device().stream());
+  extras();
   AttentionWork work;  // the kernels count no pairs
   if (read)
     work.sparse_rows = read->rows.count() * (read->rows.per_query_head ? 1 : setup_.layer.group());
@@ -159,7 +169,8 @@ Step LayerPipeline::choose_and_attend(const CallSpan& span, bool everything) {
   const Scratch::Frame frame(scratch);
   Results weighted(scratch, q.heads * q.count, q.head_dim), plain(scratch, q.heads * q.count, q.head_dim);
   weighted.make(step.out, step.lse);
-  const bool plain_too = !everything && select_ && !dense_layer(*select_) && select_->weighs();
+  const bool plain_too =
+      !everything && select_ && !dense_layer(*select_) && (select_->weighs() || select_->adds_extras());
   if (plain_too) plain.make(step.unweighted_out, step.unweighted_lse);
   const auto visit = [&](const Selection& chosen) {
     const Selection* read = layer.sliding_window == 0 ? &chosen : nullptr;

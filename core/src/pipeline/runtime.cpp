@@ -6,6 +6,7 @@
 #include <limits>
 
 #include "lacuna/base/error.hpp"
+#include "pipeline/positions.hpp"
 #include "pipeline/row_kernels.hpp"
 
 namespace lacuna {
@@ -54,6 +55,9 @@ sdk::Call StrategyRuntime::facts_of(const KvCache& cache, const CallSpan& span) 
   call.random.step = static_cast<u64>(span.step + 1);
   call.on_device = setup_.scratch->on_device();
   call.stream = setup_.scratch->device().stream();
+  call.prompt_tokens = setup_.prompt_tokens;
+  call.question_begin = setup_.question_begin;
+  call.question_tokens = setup_.question_tokens;
   return call;
 }
 
@@ -124,7 +128,111 @@ class StrategyRuntime::Services final : public sdk::Services {
     self_.cost_.flops += flops;
   }
 
+  i32 rotations(i64 begin, i64 n, float* out, sdk::Error* error) noexcept override try {
+    write_rotations(scratch_.device(), rotation(), begin, n, self_.setup_.layer.head_dim, out);
+    return 0;
+  } catch (const std::exception& e) {
+    return report(error, e.what());
+  }
+
+  i32 unrotated_queries(Span span, i64 n, Queries* out, sdk::Error* error) noexcept override try {
+    if (const i32 code = queries(span, n, out, error)) return code;
+    float* turned = scratch_.take<float>(static_cast<i64>(out->seqs) * out->heads * out->count * out->head_dim);
+    unrotate_queries(scratch_.device(), rotation(), *out, turned);
+    out->data = turned;
+    out->dtype = Dtype::f32;
+    out->row_stride = out->head_dim;
+    out->head_stride = out->count * out->head_dim;
+    out->seq_stride = out->heads * out->head_stride;
+    return 0;
+  } catch (const std::exception& e) {
+    return report(error, e.what());
+  }
+
+  i32 unrotated_keys(Array* out, sdk::Error* error) noexcept override try {
+    const Paged& kv = call_.kv;
+    float* turned = scratch_.take<float>(static_cast<i64>(kv.rows) * kv.max_length * kv.head_dim);
+    if (const Tensor* stored = self_.setup_.k_pre; stored && stored->present()) {
+      const i64 tokens = stored->shape[1];
+      gather_keys(scratch_.device(), {on_device("k_pre", *stored), stored->dtype, tokens}, kv, turned);
+    } else {
+      unrotate_keys(scratch_.device(), rotation(), kv, turned);
+    }
+    const i64 d = kv.head_dim, n = kv.max_length;
+    *out = Array{turned, Dtype::f32, 3, {kv.rows, n, d, 0}, {n * d, d, 1, 0}};
+    return 0;
+  } catch (const std::exception& e) {
+    return report(error, e.what());
+  }
+
+  i32 output_projection(Array* out, sdk::Error* error) noexcept override try {
+    *out = Array{};
+    const Tensor* wo = self_.setup_.wo;
+    if (!wo || !wo->present()) return 0;
+    *out = Array{const_cast<void*>(on_device("wo", *wo)),
+                 wo->dtype,
+                 2,
+                 {wo->shape[0], wo->shape[1], 0, 0},
+                 {wo->shape[1], 1, 0, 0}};
+    return 0;
+  } catch (const std::exception& e) {
+    return report(error, e.what());
+  }
+
+  i32 data(const char* param, const char* array, i32 layer, Array* out, sdk::Error* error) noexcept override try {
+    *out = Array{};
+    const auto& files = self_.resolved().data;
+    const auto file = files.find(param);
+    if (file == files.end()) return 0;
+    const CalibrationArray* found = file->second->find(layer, array);
+    if (!found) return 0;
+    out->dtype = Dtype::f32;
+    out->rank = static_cast<i32>(found->shape.size());
+    i64 stride = 1;
+    for (i32 i = out->rank - 1; i >= 0; --i) {
+      out->extent[i] = found->shape[static_cast<std::size_t>(i)];
+      out->stride[i] = stride;
+      stride *= out->extent[i];
+    }
+    const std::string key = std::string(param) + '/' + array + '/' + std::to_string(layer);
+    out->data = const_cast<void*>(uploaded(key, found->values.data(), stride * 4));
+    return 0;
+  } catch (const std::exception& e) {
+    return report(error, e.what());
+  }
+
+  i32 carried(const char* name, Dtype dtype, i64 elements, Array* out, sdk::Error* error) noexcept override try {
+    if (!self_.setup_.carried) return report(error, "layers stand alone here: nothing is carried between them");
+    const std::string key = self_.role_ + '/' + name + '/' + std::to_string(span_.step);
+    void* data = self_.setup_.carried->array(key, elements * size_of(dtype), scratch_.shared_device());
+    *out = Array{data, dtype, 1, {elements, 0, 0, 0}, {1, 0, 0, 0}};
+    return 0;
+  } catch (const std::exception& e) {
+    return report(error, e.what());
+  }
+
  private:
+  Rotation rotation() {
+    if (!self_.setup_.rope) throw lacuna::Error(Problem{"no rotary positions are known here", "", "", "", ""});
+    const std::vector<double>& frequency = self_.setup_.rope->frequencies();
+    const auto bytes = static_cast<i64>(frequency.size() * sizeof(double));
+    return {static_cast<const double*>(uploaded("rope", frequency.data(), bytes)), self_.setup_.rope->scale()};
+  }
+
+  /// Host memory where the call can read it; copied to a device once.
+  const void* uploaded(const std::string& key, const void* host, i64 bytes) {
+    if (!scratch_.on_device()) return host;
+    auto& buffer = self_.uploads_[key];
+    if (buffer.size() != bytes) {
+      buffer = Buffer<std::byte>(scratch_.shared_device(), bytes);
+      scratch_.device().copy_in(buffer.data(), host, static_cast<std::size_t>(bytes));
+    }
+    return buffer.data();
+  }
+  const void* on_device(const char* key, const Tensor& t) {
+    return uploaded(key, t.data, t.elements() * size_of(t.dtype));
+  }
+
   i32 state(const char* name, Array* out, sdk::Error* error) {
     for (i32 i = 0; i < self_.plan_.num_states; ++i) {
       const State& declared = self_.plan_.states[i];
@@ -244,6 +352,7 @@ void StrategyRuntime::check_plan() const {
   within("sinks", plan_.sinks, 0, kAny);
   within("recent", plan_.recent, 0, kAny);
   within("workspace_bytes", plan_.workspace_bytes, 0, kAny);
+  within("max_extras", plan_.max_extras, 0, kAny);
   within("num_sides", plan_.num_sides, 0, kMost);
   within("num_states", plan_.num_states, 0, kMost);
 }

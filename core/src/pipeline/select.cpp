@@ -160,6 +160,11 @@ class Chooser {
              "mean, max or sum");
     if (plan().weighted && g == Gqa::union_)
       refuse("weights what it reads for each query head, which a union would lose", "gqa = none", "union");
+    if (strategy_.adds_extras() && g == Gqa::union_)
+      refuse("reads extra tokens for each query head, which a union would lose", "gqa = none", "union");
+    if (base_ && base_->strategy_.adds_extras())
+      refuse("reads the cached tokens of its base alone, and its base adds others", "a base without extra tokens",
+             base_->strategy_.entry().name);
     if (base_ && base_->plan().weighted && !plan().weighted)
       refuse("keeps no log weights, and its base samples with them", "a base without log weights",
              base_->strategy_.entry().name);
@@ -303,6 +308,7 @@ class Chooser {
   Selection mark(i32 begin, i32 count, Choice& out) {
     const Rows of = rows(plan().per_query_head, begin, count);
     Selection chosen = make_selection(scratch_, of, kv_block(), piece_capacity(), token_capacity(), plan().weighted);
+    if (strategy_.adds_extras()) give_extras(scratch_, chosen, plan().max_extras, layer_.head_dim);
     const Scratch::Frame frame(scratch_);
     const Budget budget = targets(of);
     strategy_.mark(cache_, span_, budget, chosen);

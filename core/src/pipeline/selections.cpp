@@ -66,6 +66,15 @@ Selection make_selection(Scratch& scratch, const Rows& rows, i32 kv_block, i64 p
   return s;
 }
 
+void give_extras(Scratch& scratch, Selection& s, i64 capacity, i32 head_dim) {
+  const i64 n = s.rows.count();
+  s.extra_capacity = static_cast<i32>(capacity);
+  s.extra_count = scratch.take_zero<i32>(n);
+  s.extra_k = scratch.take_zero<float>(n * capacity * head_dim);
+  s.extra_v = scratch.take_zero<float>(n * capacity * head_dim);
+  s.extra_log_weight = scratch.take_zero<float>(n * capacity);
+}
+
 Budget make_budget(Scratch& scratch, const Rows& rows) {
   Budget b{};
   b.rows = rows;

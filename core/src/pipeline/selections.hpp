@@ -13,6 +13,8 @@ namespace lacuna {
 /// All rows empty, room as given. Beyond the lists' ends lie guard words, which HostSelection::check_guards looks at.
 sdk::Selection make_selection(Scratch& scratch, const sdk::Rows& rows, sdk::i32 kv_block, sdk::i64 piece_capacity,
                               sdk::i64 token_capacity, bool weighted);
+/// Room for `capacity` extra tokens a row, none of them there yet.
+void give_extras(Scratch& scratch, sdk::Selection& selection, sdk::i64 capacity, sdk::i32 head_dim);
 
 /// A budget in scratch memory; tokens and pairs uninitialised.
 sdk::Budget make_budget(Scratch& scratch, const sdk::Rows& rows);

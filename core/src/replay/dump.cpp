@@ -9,6 +9,7 @@
 #include "lacuna/replay/replay.hpp"
 #include "lacuna/strategy/library_id.hpp"
 #include "lacuna/trace/safetensors.hpp"
+#include "replay/needs.hpp"
 #include "replay/phase_run.hpp"
 
 namespace lacuna {
@@ -189,6 +190,7 @@ void dump(const Trace& trace, const Cell& cell, const DumpOptions& options, cons
   const TraceInfo& info = trace.info();
   std::string reason = why_skipped(cell, options.phase, info);
   const PhaseQueries q = phase_queries(info, options.phase, cut_parameter(cell));
+  if (reason.empty()) reason = missing_need(cell, trace, options.allow_leak);
   if (reason.empty() && q.begin == q.end) reason = "the trace has no queries there";
   if (!reason.empty())
     throw lacuna::Error(Problem{std::string("nothing to dump in ") + name_of(options.phase),
@@ -201,7 +203,17 @@ void dump(const Trace& trace, const Cell& cell, const DumpOptions& options, cons
   DecodeRows decode(q.begin);
   Ragged kept;
   ScoreRows scores;
-  PhaseOptions run_options{options.check, options.phase == ReplayPhase::prefill, options.scores, {}, {}};
+  CarriedArrays carried;
+  const std::vector<double> entropy = layer_entropy(trace, {cell});
+  const double* const entropies = entropy.empty() ? nullptr : entropy.data();
+  if (asks_for(cell, kNeedsAllLayers))
+    for (const int before : info.captured_layers) {
+      if (before >= options.layer) break;
+      LayerReplay earlier(trace, before, options.page_size, options.check, options.device);
+      run_phase(earlier, info, cell, options.phase, q, {options.check, false, false, {}, {}, &carried, entropies});
+    }
+  PhaseOptions run_options{options.check, options.phase == ReplayPhase::prefill, options.scores, {}, {}, &carried,
+                           entropies};
   if (options.phase != ReplayPhase::evict)
     run_options.on_step = [&](const Step& step) {
       if (options.phase == ReplayPhase::prefill)

@@ -25,6 +25,8 @@ LayerReplay::LayerReplay(const Trace& trace, int layer, i32 page_size, bool pois
     : layer_(trace.info().layer(layer)),
       tensors_(trace.layer(layer)),
       tokens_(trace.info().tokens()),
+      prompt_tokens_(trace.info().prefill_tokens),
+      question_(trace.info().segment("question")),
       page_size_(page_size),
       poison_(poison),
       rope_(trace.info().rope.at(layer), layer_.head_dim),
@@ -115,6 +117,13 @@ LayerSetup LayerReplay::setup(std::uint64_t seed, bool check) const {
   s.check = check;
   s.max_tokens = tokens_;
   s.scratch = scratch_;
+  s.prompt_tokens = prompt_tokens_;
+  if (question_) {
+    s.question_begin = question_->begin;
+    s.question_tokens = question_->end - question_->begin;
+  }
+  s.wo = &tensors_.wo;
+  s.k_pre = &tensors_.k_pre;
   return s;
 }
 

@@ -224,7 +224,9 @@ PhaseRun run_phase(LayerReplay& layer, const TraceInfo& info, const Cell& cell, 
   PhaseRun run;
   const auto [begin, end] = queries;
   const Layer& l = layer.layer();
-  const LayerSetup setup = layer.setup(cell.seed, options.poison);
+  LayerSetup setup = layer.setup(cell.seed, options.poison);
+  setup.carried = options.carried;
+  setup.entropy = options.entropy;
   const Roles roles = roles_of(cell, phase);
   const bool evicts = phase != ReplayPhase::prefill && (cell.evict || (cell.allocate && !cell.select));
   const i64 cut = evicts ? cut_of(info, cut_parameter(cell)) : begin;

@@ -28,6 +28,8 @@ struct PhaseOptions {
   bool keep_lists = false, keep_scores = false;      // in what the functions below see
   std::function<void(const Step&)> on_step;          // prefill, a read after the cut, or each decode step, in order
   std::function<void(const Eviction&)> on_eviction;  // at the cut
+  CarriedArrays* carried = nullptr;                  // of the cell in this phase; none: the layer stands alone
+  const double* entropy = nullptr;                   // [num_layers], see sdk::LayerBudget
 };
 
 /// The roles that act in the phase, an allocator only where it serves one of them.

@@ -13,6 +13,7 @@
 #include "lacuna/metrics/matched_oracle.hpp"
 #include "lacuna/pipeline/budget.hpp"
 #include "lacuna/replay/layer_replay.hpp"
+#include "replay/needs.hpp"
 #include "replay/phase_run.hpp"
 
 namespace lacuna {
@@ -71,15 +72,26 @@ struct Pending {
   std::vector<i64> kept;  // one cut, KV heads: the eviction oracle applies
 };
 
+/// What a trace's layers share.
+struct AcrossLayers {
+  std::set<std::pair<int, ReplayPhase>> skipped;                 // (cell, phase)
+  std::map<std::pair<int, ReplayPhase>, CarriedArrays> carried;  // a cell has one cut
+  std::vector<double> entropy;                                   // [num_layers], where a cell asks for it
+
+  bool acts(int cell, ReplayPhase phase) const { return !skipped.contains({cell, phase}); }
+  const double* entropy_data() const { return entropy.empty() ? nullptr : entropy.data(); }
+};
+
 /// Everything that is replayed on one layer.
 class LayerRun {
  public:
   LayerRun(const Trace& trace, int layer, const std::vector<Cell>& cells, const ReplayOptions& options,
-           ReplayResult& result)
+           AcrossLayers& across, ReplayResult& result)
       : trace_(trace),
         info_(trace.info()),
         cells_(cells),
         options_(options),
+        across_(across),
         result_(result),
         layer_(trace, layer, options.page_size, options.check, options.device) {}
 
@@ -93,9 +105,9 @@ class LayerRun {
  private:
   std::vector<std::string> cuts() const {
     std::vector<std::string> out;
-    for (const Cell& c : cells_)
-      if (why_skipped(c, ReplayPhase::evict, info_).empty()) {
-        const std::string cut = cut_parameter(c);
+    for (std::size_t i = 0; i < cells_.size(); ++i)
+      if (across_.acts(static_cast<int>(i), ReplayPhase::evict)) {
+        const std::string cut = cut_parameter(cells_[i]);
         if (std::find(out.begin(), out.end(), cut) == out.end()) out.push_back(cut);
       }
     return out;
@@ -129,7 +141,7 @@ class LayerRun {
     for (std::size_t i = 0; i < cells_.size(); ++i) {
       if (options_.stop && options_.stop()) break;
       const Cell& cell = cells_[i];
-      if (!why_skipped(cell, phase, info_).empty() || (phase == ReplayPhase::evict && cut_parameter(cell) != cut))
+      if (!across_.acts(static_cast<int>(i), phase) || (phase == ReplayPhase::evict && cut_parameter(cell) != cut))
         continue;
       Row row = start_row(phase, static_cast<int>(i));
       row.nominal = cell.density(phase);
@@ -201,15 +213,15 @@ class LayerRun {
     const Reference& ref = place.ref;
     LayerReplay& layer = place.layer;
     const auto start = std::chrono::steady_clock::now();
-    PhaseRun run =
-        run_phase(layer, info_, cell, ref.phase, {ref.begin, ref.end}, {options_.check, false, false, {}, {}});
+    PhaseRun run = run_phase(
+        layer, info_, cell, ref.phase, {ref.begin, ref.end},
+        {options_.check, false, false, {}, {}, &across_.carried[{row.cell, ref.phase}], across_.entropy_data()});
     row.cost = run.cost;
     row.cost.seconds = std::chrono::duration<double>(std::chrono::steady_clock::now() - start).count();
     row.marks = run.marks;
-    if (&layer != &layer_) {
-      row.marks.push_back("on-cpu");
-      std::sort(row.marks.begin(), row.marks.end());
-    }
+    if (leaks(cell, trace_)) row.marks.push_back("leak");
+    if (&layer != &layer_) row.marks.push_back("on-cpu");
+    std::sort(row.marks.begin(), row.marks.end());
     row.realised_head = run.realised_head;
     row.realised_union = run.realised_union;
     row.target_share = run.target_share;
@@ -332,6 +344,7 @@ class LayerRun {
   const TraceInfo& info_;
   const std::vector<Cell>& cells_;
   const ReplayOptions& options_;
+  AcrossLayers& across_;
   ReplayResult& result_;
   LayerReplay layer_;
   std::unique_ptr<LayerReplay> host_layer_;  // see layer_of()
@@ -364,15 +377,20 @@ void check_cell(const Cell& cell, const TraceInfo& info) {
 
 ReplayResult replay(const Trace& trace, const std::vector<Cell>& cells, const ReplayOptions& options) {
   ReplayResult result;
+  AcrossLayers across;
   for (const Cell& cell : cells) check_cell(cell, trace.info());
   for (std::size_t i = 0; i < cells.size(); ++i)
     for (const ReplayPhase phase : options.phases) {
       std::string reason = why_skipped(cells[i], phase, trace.info());
-      if (!reason.empty()) result.skips.push_back({static_cast<int>(i), phase, std::move(reason)});
+      if (reason.empty()) reason = missing_need(cells[i], trace, options.allow_leak);
+      if (reason.empty()) continue;
+      across.skipped.insert({static_cast<int>(i), phase});
+      result.skips.push_back({static_cast<int>(i), phase, std::move(reason)});
     }
+  across.entropy = layer_entropy(trace, cells);
   for (const int layer : trace.info().captured_layers) {
     if (options.stop && options.stop()) break;
-    LayerRun(trace, layer, cells, options, result).run();
+    LayerRun(trace, layer, cells, options, across, result).run();
   }
   return result;
 }

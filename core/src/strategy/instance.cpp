@@ -67,5 +67,11 @@ void Instance::retain(sdk::Services& s, const sdk::Budget& budget, sdk::Kept& ke
 void Instance::attended(sdk::Services& s, const sdk::Attended& attended) {
   invoke(*entry_, "attended", entry_->attended, self_, &s, &attended);
 }
+void Instance::rewrite(sdk::Services& s, const sdk::Rewrite& rewrite) {
+  invoke(*entry_, "rewrite", entry_->rewrite, self_, &s, &rewrite);
+}
+void Instance::calibrate(sdk::Services& s, sdk::Calibration& calibration) {
+  invoke(*entry_, "calibrate", entry_->calibrate, self_, &s, &calibration);
+}
 
 }  // namespace lacuna

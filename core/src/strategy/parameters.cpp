@@ -277,6 +277,10 @@ Json canonical_value(const ParamSpec& spec, const Json& value, const Place& plac
     return value.is_string() ? class_table_file(spec, checked_text(spec, value, place), place)
                              : class_table(spec, value, place);
   }
+  if (spec.type == "data") {
+    const std::string file = checked_text(spec, value, place);
+    return file.empty() ? file : (std::filesystem::path(place.directory) / file).lexically_normal().string();
+  }
   // cut
   if (value.is_string() && (value == "end" || value == "before_question")) return value;
   if (!fits_int64(value) || value.get<std::int64_t>() < 1) refuse(spec, expectation(spec), excerpt(value), place);
@@ -325,8 +329,9 @@ BudgetSpec read_budget(const Json& table, const Place& place) {
 }
 
 const std::vector<std::string>& reserved_names() {
-  static const std::vector<std::string> names = {"name",      "preset",  "base",   "gqa",   "dense_layers", "cut",
-                                                 "positions", "density", "tokens", "units", "mass",         "shape"};
+  static const std::vector<std::string> names = {"name", "preset",    "base",    "gqa",    "dense_layers",
+                                                 "cut",  "positions", "density", "tokens", "units",
+                                                 "mass", "shape",     "data_ids"};
   return names;
 }
 

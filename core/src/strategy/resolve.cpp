@@ -51,6 +51,7 @@ class Resolver {
     out.shared = Json::object();
     for (const ParamSpec& spec : specs_) (spec.shared ? out.shared : out.own)[spec.name] = value_of(spec, preset);
     check_together(type_->entry(), out.own, place_);
+    read_data(out);
     if (role_ != RoleKind::allocate) out.budget = read_budget(table_, place_);
     if (type_->entry().wrapper) {
       if (const std::string base = type_->default_base(); !table_.contains("base") && !base.empty())
@@ -105,12 +106,31 @@ class Resolver {
     return parse_json(type_->entry().presets, "presets", type_->library())[name.get<std::string>()];
   }
 
+  /// The files of the parameters of type data. `data_ids`, as describe() gives it, must name the same content.
+  void read_data(Resolved& out) const {
+    for (const ParamSpec& spec : specs_) {
+      if (spec.type != "data") continue;
+      const auto path = out.own[spec.name].get<std::string>();
+      if (path.empty()) continue;
+      auto file = std::make_shared<CalibrationFile>(read_calibration(path));
+      const auto of = file->metadata.find("strategy");
+      if (of != file->metadata.end() && of->second != type_->name())
+        refuse(fmt::format("{}: '{}' names another strategy's calibration", place_.owner, spec.name), type_->name(),
+               of->second, "Make one with lacuna calibrate " + type_->name() + ".");
+      const Json named = table_.value("data_ids", Json::object()).value(spec.name, Json(file->content_id));
+      if (named != file->content_id)
+        refuse(fmt::format("{}: the file of '{}' has changed", place_.owner, spec.name), excerpt(named),
+               file->content_id, "");
+      out.data[spec.name] = std::move(file);
+    }
+  }
+
   void refuse_unknown() const {
     auto known = names_of(specs_);
     const bool takes_budget = role_ != RoleKind::allocate && type_->entry().takes_budget;
     for (const auto& item : table_.items()) {
       const std::string& key = item.key();
-      if (key == "name" || key == "preset" || (key == "base" && type_->entry().wrapper)) continue;
+      if (key == "name" || key == "preset" || key == "data_ids" || (key == "base" && type_->entry().wrapper)) continue;
       if (std::find(known.begin(), known.end(), key) != known.end()) continue;
       if (is_budget_key(key) && takes_budget) continue;
       if (const std::string reason = why_not(key); !reason.empty()) {
@@ -208,6 +228,7 @@ Json Resolved::describe() const {
     case BudgetSpec::Kind::mass: out["mass"] = budget.value; break;
   }
   if (budget.proportional) out["shape"] = "proportional";
+  for (const auto& [name, file] : data) out["data_ids"][name] = file->content_id;
   if (base) out["base"] = base->describe();
   return out;
 }

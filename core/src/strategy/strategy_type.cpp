@@ -101,7 +101,9 @@ std::vector<std::string> StrategyType::roles() const {
                                               {"allocate_layers", entry_.allocate_layers != nullptr},
                                               {"allocate_rows", entry_.allocate_rows != nullptr},
                                               {"retain", entry_.retain != nullptr},
-                                              {"attended", entry_.attended != nullptr}};
+                                              {"attended", entry_.attended != nullptr},
+                                              {"rewrite", entry_.rewrite != nullptr},
+                                              {"calibrate", entry_.calibrate != nullptr}};
   std::vector<std::string> out;
   for (const auto& [name, has] : all) {
     if (has) out.emplace_back(name);

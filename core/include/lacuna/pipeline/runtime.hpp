@@ -13,6 +13,7 @@
 #include "lacuna/pipeline/scratch.hpp"
 #include "lacuna/strategy/contract.hpp"
 #include "lacuna/strategy/instance.hpp"
+#include "lacuna/trace/trace.hpp"
 
 namespace lacuna {
 
@@ -35,6 +36,16 @@ struct KvSource {
   sdk::i64 tokens = 0;
 };
 
+/// What strategies carry from layer to layer: arrays by name, phase and step, in a device's memory.
+class CarriedArrays {
+ public:
+  /// The array of that key, zero-filled the first time. Throws Error if it had another size.
+  void* array(const std::string& key, sdk::i64 bytes, const std::shared_ptr<Device>& device);
+
+ private:
+  std::map<std::string, Buffer<std::byte>> arrays_;
+};
+
 /// What is the same for every call of a run on this layer.
 struct LayerSetup {
   sdk::Layer layer{};
@@ -45,6 +56,11 @@ struct LayerSetup {
   bool check = false;                // poison: queries after a call's own are NaN
   sdk::i64 max_tokens = 0;           // longest the sequence gets
   std::shared_ptr<Scratch> scratch;  // of the cache's device
+  sdk::i64 prompt_tokens = 0, question_begin = 0, question_tokens = 0;
+  const Tensor* wo = nullptr;        // W_O in host memory; absent: the trace has none
+  const Tensor* k_pre = nullptr;     // keys before RoPE where the trace has them, in host memory
+  const double* entropy = nullptr;   // [num_layers], see sdk::LayerBudget
+  CarriedArrays* carried = nullptr;  // of this cell and phase; none: layers stand alone
 };
 
 /// The queries of one call.
@@ -98,6 +114,9 @@ class StrategyRuntime {
     return instance_.has_refine() ? plan_.weighted || base_->weighs() : instance_.has_mark() && plan_.weighted;
   }
 
+  /// Whether its selections have tokens that are in no cache.
+  bool adds_extras() const { return instance_.has_mark() && plan_.max_extras > 0; }
+
   bool wants_attended() const { return instance_.has_attended() || (base_ && base_->wants_attended()); }
 
  private:
@@ -117,6 +136,7 @@ class StrategyRuntime {
   sdk::Plan plan_{};
   bool planned_ = false;
   std::map<std::string, Buffer<std::byte>> states_;
+  std::map<std::string, Buffer<std::byte>> uploads_;  // what calls were given of host memory, on a device
   std::map<sdk::i32, bool> indexed_;
   Cost cost_;
 };

@@ -14,6 +14,7 @@ struct DumpOptions {
   bool cells = false;   // also cells.indptr, cells.indices: the canonical token set of every row
   bool scores = false;  // also scores, as ranked (after the GQA reduction)
   bool check = false;
+  bool allow_leak = false;  // as ReplayOptions
   sdk::i32 page_size = 16;
   std::shared_ptr<Device> device = cpu_device();
 };

@@ -69,7 +69,8 @@ class LayerReplay {
 
   sdk::Layer layer_{};
   LayerTensors tensors_;
-  sdk::i64 tokens_ = 0;
+  sdk::i64 tokens_ = 0, prompt_tokens_ = 0;
+  std::optional<Segment> question_;
   sdk::i32 page_size_;
   sdk::i64 range_elements_;  // of choose_options
   bool poison_;

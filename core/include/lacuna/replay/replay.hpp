@@ -17,6 +17,7 @@ struct ReplayOptions {
   std::optional<std::int64_t>
       min_context;  // visible tokens that a compared prefill query needs; default min(32 / density, half the prompt)
   double default_density = 1;  // for the default of min_context where a method has no density: the study's smallest
+  bool allow_leak = false;  // replay strategies on traces that they were calibrated on (their rows are marked "leak")
   std::function<void(const Row&)> on_row;  // progress: called once per finished row
   std::function<bool()> stop;              // asked between cells; true ends the replay early
 };

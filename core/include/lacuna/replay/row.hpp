@@ -51,7 +51,7 @@ struct Row {
   std::string status = "ok";       // ok | failed
   std::string error;               // when failed
   std::vector<std::string> marks;  // floor, off-budget, dense-layer, sliding-window, clairvoyant, stochastic,
-                                   // rank-normalised, query-aware, on-cpu, no-regret
+                                   // rank-normalised, query-aware, on-cpu, no-regret, leak
   std::map<std::string, LayerStats> metrics;
   std::int64_t queries = 0, left_out = 0, min_context = 0;  // of the phase; not compared for want of context
   std::optional<double> nominal;                            // density asked for

@@ -1,11 +1,13 @@
 // A strategy with resolved parameters, and safe calls of its roles.
 #pragma once
 
+#include <map>
 #include <memory>
 #include <nlohmann/json.hpp>
 #include <string>
 
 #include "lacuna/strategy/budget_spec.hpp"
+#include "lacuna/strategy/calibration_file.hpp"
 #include "lacuna/strategy/registry.hpp"
 
 namespace lacuna {
@@ -22,13 +24,14 @@ struct Resolved {
   Json shared;                     // gqa, dense_layers, sinks, recent, (evict) cut, positions: those that apply
   BudgetSpec budget;               // as given in the role's table
   std::shared_ptr<Resolved> base;  // wrappers
+  std::map<std::string, std::shared_ptr<const CalibrationFile>> data;  // by parameter of type data, where one is given
 
   /// gqa, sinks and recent as shared; one that the strategy names itself, or that does not apply, is none or 0.
   sdk::Common common() const;
   std::vector<int> dense_layers() const;
   bool keeps_dense(int layer) const;
-  /// {"name": ..., own..., shared..., budget..., "base": {...}}: canonical, for rows, hashes and `dump`. Equal settings
-  /// give equal text, and resolving it again gives it back.
+  /// {"name": ..., own..., shared..., budget..., "data_ids": {...}, "base": {...}}: canonical, for rows, hashes and
+  /// `dump`. Equal settings give equal text, and resolving it again gives it back.
   Json describe() const;
 };
 
@@ -57,6 +60,7 @@ class Instance {
   bool has_refine() const { return entry_->refine; }
   bool has_retain() const { return entry_->retain; }
   bool has_attended() const { return entry_->attended; }
+  bool has_rewrite() const { return entry_->rewrite; }
   bool has_allocate_layers() const { return entry_->allocate_layers; }
   bool has_allocate_rows() const { return entry_->allocate_rows; }
 
@@ -69,6 +73,8 @@ class Instance {
   void allocate_rows(sdk::Services&, const sdk::Scores*, sdk::Budget&);
   void retain(sdk::Services&, const sdk::Budget&, sdk::Kept&);
   void attended(sdk::Services&, const sdk::Attended&);
+  void rewrite(sdk::Services&, const sdk::Rewrite&);
+  void calibrate(sdk::Services&, sdk::Calibration&);
 
  private:
   Resolved resolved_;

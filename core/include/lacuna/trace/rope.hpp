@@ -30,6 +30,8 @@ class Rope {
   void shift(float* row, double delta) const;
   /// Rotation speed of each channel pair, radians a token.
   const std::vector<double>& frequencies() const { return inv_freq_; }
+  /// Factor of cos and sin (yarn's attention factor; else 1).
+  double scale() const { return scale_; }
 
  private:
   void turn(float* row, double position, double scale) const;
