@@ -32,6 +32,7 @@ void add_list(CLI::App& app, Session& session);
 void add_describe(CLI::App& app, Session& session);
 void add_trace(CLI::App& app, Session& session);
 void add_dump(CLI::App& app, Session& session);
+void add_calibrate(CLI::App& app, Session& session);
 void add_check(CLI::App& app, Session& session);
 
 }  // namespace lacuna::cli

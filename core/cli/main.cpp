@@ -46,7 +46,8 @@ int run_command(int argc, char** argv) {
       ->allow_extra_args(false);
   app.require_subcommand(1);
   app.fallthrough();
-  for (const auto add : {add_run, add_list, add_describe, add_trace, add_dump, add_check}) add(app, session);
+  for (const auto add : {add_run, add_list, add_describe, add_trace, add_dump, add_calibrate, add_check})
+    add(app, session);
   try {
     app.parse(argc, argv);
   } catch (const CLI::Success& e) {  // --help, --version

@@ -10,6 +10,7 @@
 #include "lacuna/base/error.hpp"
 #include "lacuna/build_info.hpp"
 #include "lacuna/device/device.hpp"
+#include "lacuna/replay/calibrate.hpp"
 #include "lacuna/replay/layer_replay.hpp"
 #include "lacuna/report/render.hpp"
 
@@ -139,6 +140,13 @@ CostResult time_study(const StudyResult& study, const Trace& trace, const std::s
   return time_cells(trace, study.scenario.cells, study.scenario.cost, timing);
 }
 
+/// Turns the knobs of cells with `calibrate = true` on the calibration traces.
+void set_knobs(Scenario& scenario) {
+  std::vector<Trace> traces;
+  for (const std::string& path : scenario.calibration_traces) traces.push_back(Trace::open(path));
+  if (!traces.empty()) calibrate_knobs(scenario.cells, traces);
+}
+
 int run(const Session& session, const Options& options) {
   const Registry registry = session.registry();
   StudyResult study;
@@ -155,6 +163,7 @@ int run(const Session& session, const Options& options) {
     return 0;
   }
 
+  set_knobs(study.scenario);
   const std::shared_ptr<Device> device = device_by_name(study.scenario.device);
   study.device = device->describe();
   study.build = {build_info::kVersion, build_info::kCommit, build_info::kCompiler, build_info::kFlags,

@@ -444,4 +444,9 @@ void StrategyRuntime::attended(KvCache& cache, const CallSpan& span, const Atten
   if (instance_.has_attended()) call(cache, span, [&](Services& s) { instance_.attended(s, attended); });
 }
 
+void StrategyRuntime::calibrate(KvCache& cache, const CallSpan& span, Calibration& calibration) {
+  prepare(cache, span, -1);
+  call(cache, span, [&](Services& s) { instance_.calibrate(s, calibration); });
+}
+
 }  // namespace lacuna

@@ -18,6 +18,10 @@ bool any_strategy(const Cell& cell, F f) {
   return false;
 }
 
+bool calibrated_on(const BudgetKnob& knob, const Trace& trace) {
+  return ("," + knob.calibrated_on + ",").find("," + trace.content_id() + ",") != std::string::npos;
+}
+
 bool has_every_layer(const TraceInfo& info) { return static_cast<int>(info.captured_layers.size()) == info.num_layers; }
 
 std::string missing_of(const Resolved& strategy, const Trace& trace, bool allow_leak) {
@@ -31,6 +35,10 @@ std::string missing_of(const Resolved& strategy, const Trace& trace, bool allow_
   if ((needs & kNeedsQuestion) && !info.segment("question")) return "needs a question, which the trace has not";
   if ((needs & kNeedsData) && strategy.data.empty())
     return "needs a calibration file: lacuna calibrate " + strategy.type->name() + " --trace FILE --out FILE";
+  if (strategy.knob && strategy.knob->calibrated_on.empty())
+    return "needs traces to set '" + strategy.knob->name + "' on: [calibration] files";
+  if (!allow_leak && strategy.knob && calibrated_on(*strategy.knob, trace))
+    return "refused: calibrated on this very trace (allow_leak = true permits it)";
   for (const auto& [name, file] : strategy.data) {
     for (const int layer : info.captured_layers)
       if (!file->layers.contains(layer))
@@ -59,7 +67,8 @@ std::string missing_need(const Cell& cell, const Trace& trace, bool allow_leak) 
 
 bool leaks(const Cell& cell, const Trace& trace) {
   return any_strategy(cell, [&](const Resolved& r) {
-    return std::any_of(r.data.begin(), r.data.end(),
+    return (r.knob && calibrated_on(*r.knob, trace)) ||
+           std::any_of(r.data.begin(), r.data.end(),
                        [&](const auto& named) { return named.second->made_from(trace.content_id()); });
   });
 }

@@ -24,6 +24,7 @@ Json Cell::describe() const {
 
 std::optional<double> Cell::density(ReplayPhase phase) const {
   const auto& role = phase == ReplayPhase::evict ? evict : select ? select : evict;
+  if (role && role->knob) return role->knob->density;
   if (role && role->budget.kind == BudgetSpec::Kind::density) return role->budget.value;
   return std::nullopt;
 }

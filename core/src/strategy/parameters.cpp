@@ -233,6 +233,14 @@ std::string range_text(const ParamSpec& spec) {
   return in->hi ? fmt::format("{} {}", in->hi_open ? "<" : "<=", hi) : "";
 }
 
+KnobEnds knob_ends(const ParamSpec& knob) {
+  constexpr double kInside = 1e-6, kFar = 4096;
+  const Interval in = *interval(knob.range);
+  const double usual = std::max(Json::parse(knob.default_json).get<double>(), 1.0);
+  const double step = knob.type == "int" ? 1 : kInside;
+  return {in.lo.value_or(0) + (in.lo_open ? step : 0), in.hi ? *in.hi - (in.hi_open ? step : 0) : kFar * usual};
+}
+
 std::string near_name(const std::string& name, const std::vector<std::string>& known) {
   return nearest(name, known).empty() ? "" : suggestion(name, known);
 }
@@ -329,9 +337,9 @@ BudgetSpec read_budget(const Json& table, const Place& place) {
 }
 
 const std::vector<std::string>& reserved_names() {
-  static const std::vector<std::string> names = {"name", "preset",    "base",    "gqa",    "dense_layers",
-                                                 "cut",  "positions", "density", "tokens", "units",
-                                                 "mass", "shape",     "data_ids"};
+  static const std::vector<std::string> names = {"name", "preset",    "base",     "gqa",       "dense_layers",
+                                                 "cut",  "positions", "density",  "tokens",    "units",
+                                                 "mass", "shape",     "data_ids", "calibrate", "calibrated_on"};
   return names;
 }
 

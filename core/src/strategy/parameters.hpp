@@ -34,6 +34,13 @@ void check_together(const sdk::Entry& entry, const Json& own, const Place& place
 /// "did you mean ...?" if one of the names is near, else "": for errors that list the names anyway.
 std::string near_name(const std::string& name, const std::vector<std::string>& known);
 
+/// Values between which a budget knob is sought: its range, open ends drawn in a little; 4096 times the default, or
+/// 4096, where it has no upper end.
+struct KnobEnds {
+  double lo, hi;
+};
+KnobEnds knob_ends(const ParamSpec& knob);
+
 /// What is wrong with the type or range of a specification itself, or "".
 std::string range_fault(const ParamSpec& spec);
 

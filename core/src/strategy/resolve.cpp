@@ -53,6 +53,7 @@ class Resolver {
     check_together(type_->entry(), out.own, place_);
     read_data(out);
     if (role_ != RoleKind::allocate) out.budget = read_budget(table_, place_);
+    if (calibrates()) turn_into_knob(out);
     if (type_->entry().wrapper) {
       if (const std::string base = type_->default_base(); !table_.contains("base") && !base.empty())
         table_["base"] = Json::parse(base);
@@ -106,6 +107,25 @@ class Resolver {
     return parse_json(type_->entry().presets, "presets", type_->library())[name.get<std::string>()];
   }
 
+  bool calibrates() const {
+    const Json given = table_.value("calibrate", Json(false));
+    if (!given.is_boolean()) refuse(place_.owner + ": bad value of 'calibrate'", "true or false", excerpt(given), "");
+    return given.get<bool>();
+  }
+
+  /// The density becomes what the strategy's knob is to realise.
+  void turn_into_knob(Resolved& out) const {
+    const auto knob = std::find_if(specs_.begin(), specs_.end(), [](const ParamSpec& p) { return p.budget_knob; });
+    if (role_ != RoleKind::select || knob == specs_.end())
+      refuse(place_.owner + ": calibrate = true", "a select strategy with a budget knob", "none", "Remove calibrate.");
+    if (out.budget.kind != BudgetSpec::Kind::density)
+      refuse(place_.owner + ": calibrate = true without a density", "density = ...", "none", "");
+    const KnobEnds ends = knob_ends(*knob);
+    out.knob = BudgetKnob{knob->name,          ends.lo,          ends.hi,
+                          knob->type == "int", out.budget.value, table_.value("calibrated_on", std::string())};
+    out.budget = BudgetSpec{};
+  }
+
   /// The files of the parameters of type data. `data_ids`, as describe() gives it, must name the same content.
   void read_data(Resolved& out) const {
     for (const ParamSpec& spec : specs_) {
@@ -127,10 +147,12 @@ class Resolver {
 
   void refuse_unknown() const {
     auto known = names_of(specs_);
-    const bool takes_budget = role_ != RoleKind::allocate && type_->entry().takes_budget;
+    const bool takes_budget = role_ != RoleKind::allocate && (type_->entry().takes_budget || calibrates());
     for (const auto& item : table_.items()) {
       const std::string& key = item.key();
-      if (key == "name" || key == "preset" || key == "data_ids" || (key == "base" && type_->entry().wrapper)) continue;
+      if (key == "name" || key == "preset" || key == "data_ids" || key == "calibrated_on" || key == "calibrate" ||
+          (key == "base" && type_->entry().wrapper))
+        continue;
       if (std::find(known.begin(), known.end(), key) != known.end()) continue;
       if (is_budget_key(key) && takes_budget) continue;
       if (const std::string reason = why_not(key); !reason.empty()) {
@@ -228,6 +250,11 @@ Json Resolved::describe() const {
     case BudgetSpec::Kind::mass: out["mass"] = budget.value; break;
   }
   if (budget.proportional) out["shape"] = "proportional";
+  if (knob) {
+    out["density"] = knob->density;
+    out["calibrate"] = true;
+    out["calibrated_on"] = knob->calibrated_on;
+  }
   for (const auto& [name, file] : data) out["data_ids"][name] = file->content_id;
   if (base) out["base"] = base->describe();
   return out;

@@ -22,6 +22,7 @@ bool has_key(const Registry& registry, const Json& role, RoleKind kind, const st
   const StrategyType& type = type_of(registry, role);
   if (is_budget_kind(key) || key == "shape") return kind != RoleKind::allocate && type.entry().takes_budget;
   if (key == "preset") return !type.presets().empty();
+  if (key == "calibrate") return kind == RoleKind::select;
   if (key == "base") return type.entry().wrapper != 0;
   const auto params = type.params(kind);
   return std::any_of(params.begin(), params.end(), [&](const ParamSpec& p) { return p.name == key; });
@@ -86,12 +87,13 @@ void add_budget(const Registry& registry, Json& role, RoleKind kind, const Json&
     return;
   }
   const auto& kinds = budget_kinds();
-  if (!type.entry().takes_budget ||
+  const bool calibrates = role.value("calibrate", Json(false)) == true;
+  if (!(type.entry().takes_budget || calibrates) ||
       std::any_of(kinds.begin(), kinds.end(), [&](const auto& k) { return role.contains(k); }))
     return;
   for (const auto& [key, value] : budget.items()) {
     const bool has_tiles = kind == RoleKind::select && type.in_phase(sdk::kPrefill);
-    if (key != "shape" || (has_tiles && !role.contains(key))) role[key] = value;
+    if (key != "shape" || (has_tiles && !calibrates && !role.contains(key))) role[key] = value;
   }
 }
 

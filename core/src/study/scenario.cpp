@@ -37,10 +37,15 @@ class Loader {
 
   Scenario load() {
     const Json& root = document_.root;
-    check_keys(root, "", {"name", "trace", "run", "cost", "budget", "strategy", "exclude"});
+    check_keys(root, "", {"name", "trace", "calibration", "run", "cost", "budget", "strategy", "exclude"});
     out_.name =
         root.contains("name") ? string_at(root["name"], "name") : std::filesystem::path(out_.path).stem().string();
-    read_traces(table_at("trace"));
+    check_keys(table_at("trace"), "trace", {"files"});
+    out_.traces = read_files(table_at("trace"), "trace");
+    if (out_.traces.empty())
+      throw Error({"a scenario without traces", "[trace] files = [...]", "none", document_.where("trace"),
+                   "Name at least one trace."});
+    read_calibration_table(table_at("calibration"));
     read_run(table_at("run"));
     out_.cost = read_cost(document_, out_.options.phases, out_.device == "cuda", overrides_.no_cost);
     read_budgets(table_at("budget"));
@@ -80,20 +85,25 @@ class Loader {
   }
   static Json as_list(const Json& value) { return value.is_array() ? value : Json::array({value}); }
 
-  void read_traces(const Json& table) {
-    check_keys(table, "trace", {"files"});
-    const Json files = as_list(table.value("files", Json::array()));
-    if (files.empty())
-      throw Error({"a scenario without traces", "[trace] files = [...]", "none", document_.where("trace"),
-                   "Name at least one trace."});
-    for (const Json& f : files) {
-      const std::filesystem::path file = string_at(f, "trace.files");
-      out_.traces.push_back(
-          (file.is_absolute() ? file : std::filesystem::path(directory_) / file).lexically_normal().string());
-      if (std::count(out_.traces.begin(), out_.traces.end(), out_.traces.back()) > 1)
+  std::vector<std::string> read_files(const Json& table, const std::string& name) const {
+    std::vector<std::string> out;
+    for (const Json& f : as_list(table.value("files", Json::array()))) {
+      const std::filesystem::path file = string_at(f, name + ".files");
+      out.push_back((file.is_absolute() ? file : std::filesystem::path(directory_) / file).lexically_normal().string());
+      if (std::count(out.begin(), out.end(), out.back()) > 1)
         throw Error(
-            {"a trace named twice", "different traces", f.dump(), document_.where("trace.files"), "Remove one."});
+            {"a trace named twice", "different traces", f.dump(), document_.where(name + ".files"), "Remove one."});
     }
+    return out;
+  }
+
+  void read_calibration_table(const Json& table) {
+    check_keys(table, "calibration", {"files", "allow_leak"});
+    out_.calibration_traces = read_files(table, "calibration");
+    const Json leak = table.value("allow_leak", Json(false));
+    if (!leak.is_boolean())
+      throw wrong_type("calibration.allow_leak", "true or false", leak, document_.where("calibration.allow_leak"));
+    out_.options.allow_leak = leak.get<bool>();
   }
 
   void read_run(const Json& table) {

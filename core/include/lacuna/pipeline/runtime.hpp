@@ -105,6 +105,8 @@ class StrategyRuntime {
   void allocate_rows(KvCache& cache, const CallSpan& span, const sdk::Scores* scores, sdk::Budget& budget);
   void retain(KvCache& cache, const CallSpan& span, const sdk::Budget& budget, sdk::Kept& kept);
   void attended(KvCache& cache, const CallSpan& span, const sdk::Attended& attended);
+  /// Calls calibrate() alone, on what is cached.
+  void calibrate(KvCache& cache, const CallSpan& span, sdk::Calibration& calibration);
 
   /// Replaces the queries (positions = compacted turns them with their slots).
   void set_queries(const QuerySource& queries);

@@ -4,6 +4,7 @@
 #include <map>
 #include <memory>
 #include <nlohmann/json.hpp>
+#include <optional>
 #include <string>
 
 #include "lacuna/strategy/budget_spec.hpp"
@@ -17,6 +18,15 @@ using Json = nlohmann::ordered_json;
 /// density, tokens, units, mass or shape: the keys of a role's table that make its budget.
 bool is_budget_key(const std::string& name);
 
+/// A number of a strategy's own that is to be set so that a density comes out (`calibrate = true`).
+struct BudgetKnob {
+  std::string name;
+  double lo = 0, hi = 1;  // where it may lie
+  bool whole = false;
+  double density = 0;         // asked for
+  std::string calibrated_on;  // content ids of the traces that it was set on, comma-separated; "": not yet
+};
+
 /// A strategy by name with every parameter resolved and valid.
 struct Resolved {
   const StrategyType* type = nullptr;
@@ -24,6 +34,7 @@ struct Resolved {
   Json shared;                     // gqa, dense_layers, sinks, recent, (evict) cut, positions: those that apply
   BudgetSpec budget;               // as given in the role's table
   std::shared_ptr<Resolved> base;  // wrappers
+  std::optional<BudgetKnob> knob;  // `calibrate = true`: then there is no budget
   std::map<std::string, std::shared_ptr<const CalibrationFile>> data;  // by parameter of type data, where one is given
 
   /// gqa, sinks and recent as shared; one that the strategy names itself, or that does not apply, is none or 0.

@@ -24,7 +24,8 @@ struct Overrides {
 
 struct Scenario {
   std::string name, path;
-  std::vector<std::string> traces;  // as paths that can be opened
+  std::vector<std::string> traces;              // as paths that can be opened
+  std::vector<std::string> calibration_traces;  // likewise: where budget knobs are set (`calibrate = true`)
   std::string device = "cpu";
   ReplayOptions options;  // phases, check, page_size, min_context, default_density
   CostOptions cost;
