@@ -116,6 +116,21 @@ class CpuMoves final : public Moves {
       }
     }
   }
+
+  void overwrite(const PageArrays& pages, const PageTable& table, const i32* length,
+                 const NewContent& content) const override {
+    const ConvertRow narrow = converter(Dtype::f32, pages.dtype);
+#pragma omp parallel for collapse(2) schedule(static) if (table.heads * content.slots >= kParallelTokens)
+    for (i32 h = 0; h < table.heads; ++h) {
+      for (i64 i = 0; i < content.slots; ++i) {
+        if (i >= length[h]) continue;
+        const i64 to = table.physical(h, i, pages.page_size) * pages.head_dim;
+        const i64 from = (h * content.slots + content.from[h * content.slots + i]) * pages.head_dim;
+        narrow(element(pages.k, pages.dtype, to), content.k + from, pages.head_dim);
+        narrow(element(pages.v, pages.dtype, to), content.v + from, pages.head_dim);
+      }
+    }
+  }
 };
 
 }  // namespace

@@ -149,6 +149,20 @@ __global__ void rotate_kernel(PageArrays pages, PageTable table, const i64* indp
   }
 }
 
+/// Threads (channels, slots), blocks (slots, heads).
+template <Dtype kType>
+__global__ void overwrite_kernel(PageArrays pages, PageTable table, const i32* length, NewContent content) {
+  const i64 head = blockIdx.y, slot = static_cast<i64>(blockIdx.x) * blockDim.y + threadIdx.y;
+  if (slot >= length[head]) return;
+  const i64 to = table.physical(head, slot, pages.page_size) * pages.head_dim;
+  const i64 from = (head * content.slots + content.from[head * content.slots + slot]) * pages.head_dim;
+  auto *k = static_cast<Element<kType>*>(pages.k) + to, *v = static_cast<Element<kType>*>(pages.v) + to;
+  for (i32 c = static_cast<i32>(threadIdx.x); c < pages.head_dim; c += static_cast<i32>(blockDim.x)) {
+    k[c] = narrow<kType>(content.k[from + c]);
+    v[c] = narrow<kType>(content.v[from + c]);
+  }
+}
+
 void check(cudaError_t status, const char* what) {
   if (status == cudaSuccess) return;
   throw Error({std::string(what) + " failed on the GPU", "", cudaGetErrorString(status), "KV cache", ""});
@@ -225,6 +239,17 @@ class CudaMoves final : public Moves {
       rotate_kernel<stored()><<<grid, block, 0, stream_>>>(pages, table, indptr, delta, frequencies);
     });
     check(cudaGetLastError(), "rotate_keys");
+  }
+
+  void overwrite(const PageArrays& pages, const PageTable& table, const i32* length,
+                 const NewContent& content) const override {
+    const dim3 block = block_for(pages.head_dim);
+    const dim3 grid(blocks_for(content.slots, block.y), static_cast<unsigned>(table.heads));
+    use();
+    with_dtype(pages.dtype, [&](auto stored) {
+      overwrite_kernel<stored()><<<grid, block, 0, stream_>>>(pages, table, length, content);
+    });
+    check(cudaGetLastError(), "overwrite");
   }
 
  private:

@@ -92,6 +92,7 @@ struct KvCache::Impl {
   std::vector<i32> length;                     // [heads]
   std::vector<std::vector<i32>> position;      // [heads][length]
   std::vector<std::vector<i32>> key_position;  // [heads][length] what each key is rotated for; empty: its own position
+  std::vector<std::vector<i32>> dropped_channels;  // [heads][length] key channels that are not held; empty: none
   Buffer<i32> device_table, device_length;
   Buffer<i32> old_table, slot_scratch, head_scratch;
   Buffer<i64> indptr_scratch;
@@ -179,10 +180,10 @@ void KvCache::append(const void* k, const void* v, Dtype dtype, i64 head_stride,
   }
   Impl::Lease lease(pages, needed, "append");
   c.sides.own_for_append(c.length, n);
-  for (auto* mirror : {&c.position, &c.key_position}) {
-    for (std::vector<i32>& positions : *mirror) {
-      const std::size_t size = positions.size() + at(n);
-      if (size > positions.capacity()) positions.reserve(std::max(size, 2 * positions.capacity()));
+  for (auto* mirror : {&c.position, &c.key_position, &c.dropped_channels}) {
+    for (std::vector<i32>& of_slot : *mirror) {
+      const std::size_t size = of_slot.size() + at(n);
+      if (size > of_slot.capacity()) of_slot.reserve(std::max(size, 2 * of_slot.capacity()));
     }
   }
 
@@ -203,6 +204,7 @@ void KvCache::append(const void* k, const void* v, Dtype dtype, i64 head_stride,
       for (i64 i = 0; i < n; ++i) positions.push_back(static_cast<i32>(first_position + i));
     }
   }
+  for (std::vector<i32>& of_slot : c.dropped_channels) of_slot.resize(of_slot.size() + at(n), 0);
 }
 
 KvCache KvCache::fork() const {
@@ -210,6 +212,7 @@ KvCache KvCache::fork() const {
   auto copy = std::make_unique<Impl>(from.pool, from.heads, from.max_tokens);
   copy->position = from.position;
   copy->key_position = from.key_position;
+  copy->dropped_channels = from.dropped_channels;
   copy->sides = from.sides.fork();
   copy->pages.device->copy(copy->device_table.data(), from.device_table.data(), from.table.size() * sizeof(i32));
   copy->pages.device->copy(copy->device_length.data(), from.device_length.data(), from.length.size() * sizeof(i32));
@@ -289,7 +292,7 @@ void KvCache::retain(const std::vector<std::vector<i32>>& slots) {
     if (change.after < change.before && tail != 0) {
       pages.poison_slots(c.entry(h, change.after / pages.page_size), static_cast<i32>(tail));
     }
-    for (auto* mirror : {&c.position, &c.key_position}) {
+    for (auto* mirror : {&c.position, &c.key_position, &c.dropped_channels}) {
       if (mirror->empty()) continue;
       std::vector<i32>& of_slot = (*mirror)[at(h)];
       for (i64 i = change.same; i < change.after; ++i) of_slot[at(i)] = of_slot[at(slots[at(h)][at(i)])];
@@ -342,6 +345,43 @@ void KvCache::compact_positions(const Rope& rope) {
   c.key_position = std::move(at_slot);
 }
 
+void KvCache::overwrite(const float* k, const float* v, const i32* from, i64 slots) {
+  Impl& c = *impl_;
+  PagePool::Impl& pages = c.pages;
+  if (const i64 longest = *std::max_element(c.length.begin(), c.length.end()); slots < longest) {
+    throw Error({"too little new content for the cached tokens", fmt::format("{} rows a head", longest),
+                 fmt::format("{}", slots), "overwrite", ""});
+  }
+  std::vector<std::pair<i64, i64>> shared;  // (head, logical page)
+  for (i64 h = 0; h < c.heads; ++h) {
+    for (i64 p = 0; p < c.pages_of(h); ++p) {
+      if (pages.shared(c.entry(h, p))) shared.emplace_back(h, p);
+    }
+  }
+  Impl::Lease lease(pages, static_cast<i64>(shared.size()), "rewrite tokens of shared ones");
+  for (const auto& [h, p] : shared) c.unshare(h, p, lease);
+  for (i64 h = 0; h < c.heads; ++h) c.upload_table(h, 0, c.pages_of(h));
+  pages.moves->overwrite(pages.arrays(), c.device_page_table(), c.device_length.data(), {k, v, from, slots});
+  for (i32 h = 0; h < c.heads; ++h) {
+    if (c.length[at(h)] > 0) c.sides.rewritten(h, 0);
+  }
+}
+
+void KvCache::drop_key_channels(const std::vector<i32>& until, const std::vector<i32>& channels) {
+  Impl& c = *impl_;
+  if (until.size() != at(c.heads) || channels.size() != at(c.heads)) {
+    throw Error({"bad numbers of dropped channels", fmt::format("one for each of {} KV heads", c.heads),
+                 fmt::format("{} and {}", until.size(), channels.size()), "drop_key_channels", ""});
+  }
+  c.dropped_channels.resize(at(c.heads));
+  for (i64 h = 0; h < c.heads; ++h) {
+    std::vector<i32>& dropped = c.dropped_channels[at(h)];
+    dropped.resize(at(c.length[at(h)]), 0);
+    for (i64 i = 0; i < std::min<i64>(until[at(h)], c.length[at(h)]); ++i)
+      dropped[at(i)] = std::max(dropped[at(i)], channels[at(h)]);
+  }
+}
+
 void KvCache::add_side(const sdk::Side& side) { impl_->sides.add(side, impl_->length); }
 sdk::Array KvCache::side(const std::string& name) { return impl_->sides.array(name); }
 Dirty KvCache::take_dirty(i32 unit_tokens) { return impl_->sides.take_dirty(unit_tokens, impl_->length); }
@@ -371,10 +411,16 @@ i64 KvCache::pages() const {
   for (i64 h = 0; h < impl_->heads; ++h) total += impl_->pages_of(h);
   return total;
 }
-i64 KvCache::kv_bytes() const { return pages() * impl_->pool->kv_bytes_per_page(); }
+i64 KvCache::dropped_bytes() const {
+  i64 channels = 0;
+  for (const std::vector<i32>& dropped : impl_->dropped_channels)
+    channels = std::accumulate(dropped.begin(), dropped.end(), channels);
+  return channels * sdk::size_of(impl_->pages.dtype);
+}
+i64 KvCache::kv_bytes() const { return pages() * impl_->pool->kv_bytes_per_page() - dropped_bytes(); }
 i64 KvCache::token_bytes() const {
   const i64 tokens = std::accumulate(impl_->length.begin(), impl_->length.end(), i64{0});
-  return 2 * tokens * impl_->pages.head_dim * sdk::size_of(impl_->pages.dtype);
+  return 2 * tokens * impl_->pages.head_dim * sdk::size_of(impl_->pages.dtype) - dropped_bytes();
 }
 i64 KvCache::side_bytes() const { return impl_->sides.bytes(impl_->length); }
 

@@ -35,6 +35,13 @@ struct NewTokens {
   sdk::i64 head_stride, n, first_position;
 };
 
+/// k, v [heads, slots, head_dim]: slot i of head h takes row from[h * slots + i] of that head.
+struct NewContent {
+  const float *k, *v;
+  const sdk::i32* from;
+  sdk::i64 slots;
+};
+
 /// Slot i of head h, begin[h] <= i < indptr[h + 1] - indptr[h], takes what slot from[indptr[h] + i] holds. from is
 /// ascending with from[i] >= i, so that moving in place in ascending i never reads a slot that was already overwritten.
 struct Gather {
@@ -60,6 +67,9 @@ class Moves {
   /// Rotates the key of slot i of head h by delta[indptr[h] + i] positions, in fp32; 0 leaves the bits alone.
   virtual void rotate_keys(const PageArrays& pages, const PageTable& table, const sdk::i64* indptr,
                            const sdk::i32* delta, const Rope& rope) const = 0;
+  /// K and V of every slot below length[h], converted to the pages' dtype (round to nearest even).
+  virtual void overwrite(const PageArrays& pages, const PageTable& table, const sdk::i32* length,
+                         const NewContent& content) const = 0;
 };
 
 /// Throws Error when there is no backend for the device. The device must outlive the result.

@@ -57,7 +57,88 @@ std::vector<i32> keep_best(const float* value, i32 length, i64 tokens, i32 sinks
   return kept;
 }
 
+/// What an explicit strategy keeps of a target: 0 for those tokens.
+void score_retained(StrategyRuntime& strategy, KvCache& cache, Scratch& scratch, const CallSpan& span, Scores& out) {
+  const std::vector<i64> tokens(static_cast<std::size_t>(out.rows.count()), std::max<i64>(out.budget_tokens, 0));
+  Budget budget = make_budget(scratch, out.rows);
+  budget.limited = out.budget_tokens >= 0;
+  budget.sinks = strategy.plan().sinks;
+  budget.recent = strategy.plan().recent;
+  for (i64* to : {budget.tokens, budget.pairs})
+    scratch.device().copy_in(to, tokens.data(), tokens.size() * sizeof(i64));
+  const i64 slots = cache.view().max_length;
+  Kept kept{make_selection(scratch, out.rows, 0, 0, slots, false)};
+  strategy.retain(cache, span, budget, kept);
+  const float* kept_score = scratch.take_zero<float>(out.rows.count() * slots);
+  scatter_floats(scratch.device(), out.rows.count(), kept.set.token_count, kept_score, slots, kept.set.tokens,
+                 kept.set.token_capacity, out.value, out.stride);
+}
+
 }  // namespace
+
+void rank_scores(StrategyRuntime& strategy, KvCache& cache, const LayerSetup& setup, const CallSpan& span,
+                 Scores& out) {
+  Scratch& scratch = *setup.scratch;
+  const Scratch::Frame frame(scratch);
+  const Plan& plan = strategy.plan();
+  const i32 heads = setup.layer.num_kv_heads;
+  const auto refuse = [&](const char* expected, const char* found) {
+    throw lacuna::Error(Problem{std::string("strategy '") + strategy.entry().name + "' does not rank as its wrapper does",
+                                expected, found, "the base of an evict role", "choose another gqa, or another base"});
+  };
+  if (!out.rows.per_query_head && strategy.gqa() == Gqa::union_ && plan.per_query_head)
+    refuse("one score per KV head: gqa = mean, max or sum", "gqa = union");
+  const i64 values = out.rows.count() * out.stride;
+  fill_floats(scratch.device(), out.value, kNone, values);
+  if (!strategy.instance().has_score()) {
+    if (out.rows.per_query_head) refuse("scores of query heads", "a strategy that chooses for KV heads");
+    score_retained(strategy, cache, scratch, span, out);
+    return;
+  }
+  if (out.rows.per_query_head && !plan.per_query_head) refuse("scores of query heads", "scores of KV heads");
+  Scores scores = out;
+  scores.rows.per_query_head = plan.per_query_head;
+  scores.rows.heads = plan.per_query_head ? setup.layer.num_qo_heads : heads;
+  scores = ask_scores(strategy, cache, span, scratch, scores, out.rows, setup.check, static_cast<double>(out.units));
+  lift_ends(scratch.device(), cache.view().length, out.rows, heads, plan.sinks, plan.recent, scores.value, out.stride);
+  scratch.device().copy(out.value, scores.value, static_cast<std::size_t>(values) * sizeof(float));
+}
+
+void rank_subset(StrategyRuntime& strategy, const KvCache& cache, const LayerSetup& setup, const CallSpan& span,
+                 const Subset& subset, Scores& out) {
+  Scratch& scratch = *setup.scratch;
+  const Scratch::Frame frame(scratch);
+  const i32 heads = setup.layer.num_kv_heads;
+  const std::vector<i32> count = scratch.read(subset.count, heads);
+  const std::vector<i32> slots = scratch.read(subset.slots, heads * subset.stride);
+  std::vector<std::vector<i32>> held;
+  for (i64 h = 0; h < heads; ++h) {
+    const i64 n = count[static_cast<std::size_t>(h)];
+    if (n < 1 || n > subset.stride)
+      throw lacuna::Error(Problem{"a bad subset of the cache to be scored",
+                                  "1.." + std::to_string(subset.stride) + " tokens of each KV head", std::to_string(n),
+                                  "KV head " + std::to_string(h), "fix the wrapper"});
+    held.emplace_back(slots.begin() + h * subset.stride, slots.begin() + h * subset.stride + n);
+  }
+  KvCache part = cache.fork();
+  part.retain(held);
+  CallSpan until = span;
+  until.end = std::min(span.end, std::max<i64>(subset.now, 1));
+  until.begin = std::min(span.begin, until.end - 1);
+  for (const i32 unit_tokens : strategy.granularities()) strategy.index(part, until, part.take_dirty(unit_tokens));
+
+  Scores scores = out;
+  scores.stride = part.view().max_length;
+  scores.units = static_cast<i32>(scores.stride);
+  scores.rows.first_position = until.begin;
+  scores.rows.num_queries = until.end - until.begin;
+  scores.rows.q_tile = static_cast<i32>(scores.rows.num_queries);
+  scores.value = scratch.take<float>(scores.rows.count() * scores.stride);
+  rank_scores(strategy, part, setup, until, scores);
+  fill_floats(scratch.device(), out.value, kNone, out.rows.count() * out.stride);
+  scatter_floats(scratch.device(), out.rows.count(), subset.count, scores.value, scores.stride, subset.slots,
+                 subset.stride, out.value, out.stride);
+}
 
 Eviction decide_eviction(StrategyRuntime* strategy, StrategyRuntime* allocator, KvCache& cache, const LayerSetup& setup,
                          const CallSpan& span, i64 capacity, const ChooseOptions& options) {
@@ -74,6 +155,7 @@ Eviction decide_eviction(StrategyRuntime* strategy, StrategyRuntime* allocator, 
   const Plan empty_plan{};
   const Plan& plan = strategy ? strategy->plan() : empty_plan;
   const i64 cached = kv.max_length;
+  out.unit_tokens = plan.unit_tokens;
   out.limited = budget_spec.kind != BudgetSpec::Kind::none;
   if (budget_spec.kind == BudgetSpec::Kind::mass)
     throw lacuna::Error(Problem{"an eviction cannot be given by mass", "density, tokens or units", "mass",

@@ -6,6 +6,7 @@
 #include "lacuna/attention/extras.hpp"
 #include "lacuna/base/error.hpp"
 #include "lacuna/pipeline/budget.hpp"
+#include "pipeline/row_kernels.hpp"
 
 namespace lacuna {
 using namespace sdk;
@@ -238,10 +239,70 @@ Eviction LayerPipeline::evict_at_cut() {
   }
   refresh_sides(span);
   e = decide_eviction(evict_.get(), allocate_.get(), cache_, setup_, span, -1, options_);
-  cache_.retain(e.kept);
+  carry_out(span, e);
   if (e.limited) capacity_ = e.target_tokens;
-  follow_slots();
   return e;
+}
+
+void LayerPipeline::carry_out(const CallSpan& span, Eviction& e) {
+  if (evict_ && evict_->rewrites())
+    rewrite_kept(span, e);
+  else
+    cache_.retain(e.kept);
+  follow_slots();
+}
+
+void LayerPipeline::rewrite_kept(const CallSpan& span, Eviction& e) {
+  constexpr int kNanByte = 0xff;
+  Scratch& scratch = *setup_.scratch;
+  const Scratch::Frame frame(scratch);
+  const Paged kv = cache_.view();
+  const i64 rows = kv.rows, slots = kv.max_length, d = kv.head_dim;
+  std::vector<i32> count, kept(static_cast<std::size_t>(rows * slots), 0), length;
+  for (i64 h = 0; h < rows; ++h) {
+    const std::vector<i32>& list = e.kept[static_cast<std::size_t>(h)];
+    count.push_back(static_cast<i32>(list.size()));
+    length.push_back(static_cast<i32>(cache_.length(static_cast<i32>(h))));
+    std::copy(list.begin(), list.end(), kept.begin() + h * slots);
+  }
+  const Rewrite rewrite{kv.rows,
+                        kv.head_dim,
+                        slots,
+                        scratch.take_copy(count.data(), rows),
+                        scratch.take_copy(kept.data(), rows * slots),
+                        scratch.take<float>(rows * slots * d),
+                        scratch.take<float>(rows * slots * d),
+                        scratch.take_zero<i32>(rows),
+                        scratch.take_zero<u8>(rows * d)};
+  for (float* to : {rewrite.k, rewrite.v})
+    scratch.device().fill(to, setup_.check ? kNanByte : 0, static_cast<std::size_t>(rows * slots * d) * sizeof(float));
+  unpack_cache(scratch.device(), kv, rewrite);
+  evict_->rewrite(cache_, span, rewrite);
+
+  u8* bad = scratch.take<u8>(rows * slots);
+  settle_rewrite(scratch.device(), rewrite, bad);
+  std::vector<i32> until = scratch.read(rewrite.channels_dropped_until, rows);
+  std::vector<u8> drop = scratch.read(rewrite.drop_channel, rows * d);
+  if (options_.check) {
+    const std::vector<u8> not_finite = scratch.read(bad, rows * slots);
+    Rewrite host = rewrite;
+    host.kept_count = count.data();
+    host.kept = kept.data();
+    host.channels_dropped_until = until.data();
+    host.drop_channel = drop.data();
+    check_rewrite(evict_->culprit("rewrite"), host, not_finite.data(), length.data());
+  }
+  cache_.retain(e.kept);
+  cache_.overwrite(rewrite.k, rewrite.v, rewrite.kept, slots);
+  std::vector<i32> channels;
+  for (i64 h = 0; h < rows; ++h) {
+    const auto& list = e.kept[static_cast<std::size_t>(h)];
+    i32& end = until[static_cast<std::size_t>(h)];
+    end = static_cast<i32>(std::lower_bound(list.begin(), list.end(), end) - list.begin());
+    channels.push_back(static_cast<i32>(std::count(drop.begin() + h * d, drop.begin() + (h + 1) * d, u8{1})));
+    e.dropped_tokens += 0.5 * end * channels.back() / static_cast<double>(d);
+  }
+  if (e.dropped_tokens > 0) cache_.drop_key_channels(until, channels);
 }
 
 void LayerPipeline::append(i64 begin, i64 n) {
@@ -310,11 +371,12 @@ void LayerPipeline::follow(i64 position) {
 void LayerPipeline::evict_if_due(const CallSpan& span) {
   ++since_cut_;
   if (!evicts_while_decoding() || dense_layer(*evict_) || since_cut_ % evict_->plan().evict_every != 0) return;
+  const bool own_size = !evict_->entry().takes_budget && evict_->instance().has_retain();
   i64 cached = 0;  // an allocator may give one head more than its capacity: the layer's sum is what counts
   for (i32 h = 0; h < setup_.layer.num_kv_heads; ++h) cached += cache_.length(h);
-  if (capacity_ < 0 || cached <= capacity_ * setup_.layer.num_kv_heads) return;
-  cache_.retain(decide_eviction(evict_.get(), allocate_.get(), cache_, setup_, span, capacity_, options_).kept);
-  follow_slots();
+  if (!own_size && (capacity_ < 0 || cached <= capacity_ * setup_.layer.num_kv_heads)) return;
+  Eviction e = decide_eviction(evict_.get(), allocate_.get(), cache_, setup_, span, capacity_, options_);
+  carry_out(span, e);
 }
 
 Cost LayerPipeline::selection_cost() const {

@@ -1,5 +1,7 @@
 #include "pipeline/row_kernels.hpp"
 
+#include <limits>
+
 #include "lacuna/device/parallel.hpp"
 
 namespace lacuna {
@@ -197,6 +199,52 @@ void spread_lists(const Device& device, const i32* length, const Rows& from, con
 void row_units(const Device& device, const i32* length, const Rows& rows, const RankRule& rule, i32* count) {
   for_each(device, rows.count(),
            [=] LACUNA_HD(i64 r) { count[r] = ForcedUnits(rule, row_slots(length, rows, r, rule.num_kv_heads)).units; });
+}
+
+void lift_ends(const Device& device, const i32* length, const Rows& rows, i32 num_kv_heads, i32 sinks, i32 recent,
+               float* value, i64 stride) {
+  const Rows of = rows;
+  const float first = std::numeric_limits<float>::infinity();
+  for_each(device, rows.count() * stride, [=] LACUNA_HD(i64 i) {
+    const i64 slot = i % stride, n = length[of.kv_row(i / stride, num_kv_heads)];
+    if (slot < n && (slot < sinks || slot >= n - recent)) value[i] = first;
+  });
+}
+
+void scatter_floats(const Device& device, i64 rows, const i32* count, const float* in, i64 in_stride, const i32* slots,
+                    i64 slots_stride, float* out, i64 out_stride) {
+  for_each(device, rows * in_stride, [=] LACUNA_HD(i64 i) {
+    const i64 r = i / in_stride, place = i % in_stride;
+    if (place < count[r]) out[r * out_stride + slots[r * slots_stride + place]] = in[i];
+  });
+}
+
+void unpack_cache(const Device& device, const Paged& kv, const Rewrite& rewrite) {
+  const Paged cache = kv;
+  const Rewrite to = rewrite;
+  const i64 d = to.head_dim;
+  for_each(device, to.rows * to.slots * d, [=] LACUNA_HD(i64 i) {
+    const i64 c = i % d, slot = i / d % to.slots, row = i / d / to.slots;
+    if (slot >= cache.length[row]) return;
+    to.k[i] = cache.key(row, slot, c);
+    to.v[i] = cache.value(row, slot, c);
+  });
+}
+
+void settle_rewrite(const Device& device, const Rewrite& rewrite, u8* bad) {
+  const Rewrite w = rewrite;
+  const i64 d = w.head_dim;
+  for_each(device, w.rows * w.slots, [=] LACUNA_HD(i64 i) {
+    const i64 row = i / w.slots;
+    bad[i] = 0;
+    if (i % w.slots >= w.kept_count[row]) return;
+    const i64 slot = w.kept[i];
+    float *k = w.k + (row * w.slots + slot) * d, *v = w.v + (row * w.slots + slot) * d;
+    for (i64 c = 0; c < d; ++c) {
+      if (slot < w.channels_dropped_until[row] && w.drop_channel[row * d + c]) k[c] = 0;
+      if (!finite(k[c]) || !finite(v[c])) bad[i] = 1;
+    }
+  });
 }
 
 void count_units(const Device& device, const i32* length, i32 rows, i32 unit_tokens, i32* end) {

@@ -59,6 +59,20 @@ void spread_lists(const Device& device, const sdk::i32* length, const sdk::Rows&
 void row_units(const Device& device, const sdk::i32* length, const sdk::Rows& rows, const RankRule& rule,
                sdk::i32* count);
 
+/// +inf for the first `sinks` and last `recent` slots of each row: what is taken first.
+void lift_ends(const Device& device, const sdk::i32* length, const sdk::Rows& rows, sdk::i32 num_kv_heads,
+               sdk::i32 sinks, sdk::i32 recent, float* value, sdk::i64 stride);
+
+/// Entry i < count[r] of row r goes to the place slots[r, i] of `out`; the other places stay. in, slots, out
+/// [rows, (their stride)].
+void scatter_floats(const Device& device, sdk::i64 rows, const sdk::i32* count, const float* in, sdk::i64 in_stride,
+                    const sdk::i32* slots, sdk::i64 slots_stride, float* out, sdk::i64 out_stride);
+
+/// Fills `k` and `v` with what the cache holds; places beyond a row's tokens stay.
+void unpack_cache(const Device& device, const sdk::Paged& kv, const sdk::Rewrite& rewrite);
+/// Zero in the channels that are dropped, and bad[row, slots] = 1 for each kept place whose key or value is not finite.
+void settle_rewrite(const Device& device, const sdk::Rewrite& rewrite, sdk::u8* bad);
+
 /// end[r] = units of KV row r, ceil(length / unit_tokens).
 void count_units(const Device& device, const sdk::i32* length, sdk::i32 rows, sdk::i32 unit_tokens, sdk::i32* end);
 

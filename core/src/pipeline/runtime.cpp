@@ -6,6 +6,7 @@
 #include <limits>
 
 #include "lacuna/base/error.hpp"
+#include "lacuna/pipeline/evict.hpp"
 #include "pipeline/positions.hpp"
 #include "pipeline/row_kernels.hpp"
 
@@ -117,7 +118,19 @@ class StrategyRuntime::Services final : public sdk::Services {
 
   i32 base_scores(Scores* out, sdk::Error* error) noexcept override try {
     if (!self_.base_) return report(error, "asks for a base without being a wrapper");
-    self_.base_->score(cache_, span_, *out);
+    if (self_.purpose_ == Purpose::evict)
+      rank_scores(*self_.base_, cache_, self_.setup_, span_, *out);
+    else
+      self_.base_->score(cache_, span_, *out);
+    return 0;
+  } catch (const std::exception& e) {
+    return report(error, e.what());
+  }
+
+  i32 base_scores_of(const Subset& subset, Scores* out, sdk::Error* error) noexcept override try {
+    if (!self_.base_) return report(error, "asks for a base without being a wrapper");
+    if (self_.purpose_ != Purpose::evict) return report(error, "scores of a subset are for eviction only");
+    rank_subset(*self_.base_, cache_, self_.setup_, span_, subset, *out);
     return 0;
   } catch (const std::exception& e) {
     return report(error, e.what());
@@ -371,10 +384,11 @@ void StrategyRuntime::prepare(KvCache& cache, const CallSpan& span, i64 budget_t
     plan_.default_units = -1;
     plan_.max_cached = setup_.max_tokens;
     plan_.budget_tokens = budget_tokens;
+    if (base_ && purpose_ == Purpose::evict) plan_.evict_every = base_->plan().evict_every;
     if (entry().plan) call(cache, span, [&](Services& s) { instance_.plan(s, plan_); });
     check_plan();
     if (span.phase == Phase::decode || purpose_ == Purpose::evict) plan_.q_tile = 1;
-    if (purpose_ == Purpose::evict) plan_.unit_tokens = 1;
+    if (purpose_ == Purpose::evict && !instance_.has_retain()) plan_.unit_tokens = 1;
     planned_ = true;
     for (i32 i = 0; i < plan_.num_sides; ++i) {
       const std::string name = role_ + "/" + plan_.sides[i].name;
@@ -447,6 +461,11 @@ void StrategyRuntime::attended(KvCache& cache, const CallSpan& span, const Atten
 void StrategyRuntime::calibrate(KvCache& cache, const CallSpan& span, Calibration& calibration) {
   prepare(cache, span, -1);
   call(cache, span, [&](Services& s) { instance_.calibrate(s, calibration); });
+}
+
+void StrategyRuntime::rewrite(KvCache& cache, const CallSpan& span, const Rewrite& rewrite) {
+  if (base_ && base_->rewrites()) base_->rewrite(cache, span, rewrite);
+  if (instance_.has_rewrite()) call(cache, span, [&](Services& s) { instance_.rewrite(s, rewrite); });
 }
 
 }  // namespace lacuna

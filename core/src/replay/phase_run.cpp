@@ -62,11 +62,19 @@ void mark_account(PhaseRun& run, const BudgetAccount& a) {
   if (a.floor) run.marks.push_back("floor");
 }
 
-/// An eviction that keeps more or less than it was asked to, by more than 1 % and one token a head.
+/// Of a strategy and its bases.
+template <class F>
+bool any_of_chain(const Resolved& role, F holds) {
+  for (const Resolved* r = &role; r; r = r->base.get())
+    if (holds(r->type->entry())) return true;
+  return false;
+}
+
+/// An eviction that keeps more or less than it was asked to, by more than 1 % and one unit a head.
 void mark_kept(PhaseRun& run, const Eviction& e, i32 num_kv_heads) {
   if (!e.limited || e.floor) return;
   const double target = static_cast<double>(e.target_tokens * num_kv_heads);
-  if (std::abs(e.kept_tokens - target) > std::max(0.01 * target, static_cast<double>(num_kv_heads)))
+  if (std::abs(e.kept_tokens - target) > std::max(0.01 * target, static_cast<double>(e.unit_tokens * num_kv_heads)))
     run.marks.push_back("off-budget");
 }
 
@@ -232,12 +240,14 @@ PhaseRun run_phase(LayerReplay& layer, const TraceInfo& info, const Cell& cell, 
   const i64 cut = evicts ? cut_of(info, cut_parameter(cell)) : begin;
   LayerPipeline pipeline(roles, setup, layer.fork(phase == ReplayPhase::prefill ? end : cut),
                          layer.choose_options(options.keep_lists, options.keep_scores));
-  run.rotated_keys = cell.evict && evicts && cell.evict->shared.value("positions", std::string()) == "compacted";
+  run.other_keys = cell.evict && evicts &&
+                   (cell.evict->shared.value("positions", std::string()) == "compacted" ||
+                    any_of_chain(*cell.evict, [](const sdk::Entry& e) { return e.rewrite != nullptr; }));
   Collector collect(run, layer, end - begin, options);
 
   Eviction eviction;
   if (evicts) {
-    if (cell.evict && cell.evict->type->entry().attended) {
+    if (cell.evict && any_of_chain(*cell.evict, [](const sdk::Entry& e) { return e.attended != nullptr; })) {
       const std::vector<float> out = layer.dense_out(0, cut), lse = layer.dense_lse(0, cut);
       pipeline.observe_prefill(out, lse);
     }
@@ -277,7 +287,8 @@ PhaseRun run_phase(LayerReplay& layer, const TraceInfo& info, const Cell& cell, 
   const double dense_pairs = static_cast<double>(l.num_qo_heads) * static_cast<double>(capped_pairs(end, begin, end));
   run.read_share = static_cast<double>(run.work.pairs) / dense_pairs;
   if (phase == ReplayPhase::evict && eviction.cached_tokens > 0) {
-    run.realised_head = run.realised_union = eviction.kept_tokens / eviction.cached_tokens;
+    run.realised_head = run.realised_union =
+        (eviction.kept_tokens - eviction.dropped_tokens) / eviction.cached_tokens;
     run.target_share =
         eviction.limited ? static_cast<double>(eviction.target_tokens * l.num_kv_heads) / eviction.cached_tokens : 0;
     const bool free_union = cell.evict && cell.evict->common().gqa == Gqa::union_;
@@ -286,7 +297,8 @@ PhaseRun run_phase(LayerReplay& layer, const TraceInfo& info, const Cell& cell, 
     mark_read(run, collect.account(), cell.select->type->entry());
   }
   if (phase == ReplayPhase::decode && !cell.select) {  // nothing is selected: what is cached is what is read
-    run.realised_head = run.realised_union = run.read_share;
+    const double dropped = eviction.dropped_tokens * l.group() * static_cast<double>(end - begin) / dense_pairs;
+    run.realised_head = run.realised_union = run.read_share - dropped;
     if (eviction.limited) run.target_share = static_cast<double>(eviction.target_tokens) / static_cast<double>(cut);
   }
   if (eviction.limited && eviction.target_tokens != eviction.mean_tokens &&
@@ -317,7 +329,7 @@ std::vector<double> mass_of(LayerReplay& layer, PhaseQueries queries, const Phas
   std::vector<double> mass(run.lse.size(), 1.0);
   if (layer.layer().sliding_window > 0) return mass;
   const std::vector<float> lse = layer.dense_lse(queries.begin, queries.end);
-  if (!layer.on_device() || run.rotated_keys) {
+  if (!layer.on_device() || run.other_keys) {
     set_mass(layer.host_attention(queries.begin, queries.end), run.sets, run.q_tile, lse.data(), mass.data());
     return mass;
   }

@@ -15,7 +15,7 @@ struct PhaseRun {
   std::vector<float> unweighted_out, unweighted_lse;  // where log weights were used
   std::vector<RowSet> sets;                           // per (query head, tile), original positions
   sdk::i32 q_tile = 1;
-  bool rotated_keys = false;  // positions = compacted: what was read is not what dense attention has at those positions
+  bool other_keys = false;  // what was read is not what dense attention has there: positions = compacted, or rewritten
   std::vector<sdk::i64> kept;  // eviction in one cut: tokens kept before it, per KV head
   AttentionWork work;
   RowCost cost;

@@ -142,4 +142,19 @@ void check_kept(const Culprit& who, const sdk::Kept& kept, const i32* length) {
   }
 }
 
+void check_rewrite(const Culprit& who, const sdk::Rewrite& w, const sdk::u8* bad, const i32* length) {
+  const sdk::Rows rows{1, w.rows, 0, 1, 1, 0, 1, 0};
+  for (i64 r = 0; r < w.rows; ++r) {
+    const Row row{who, rows, r};
+    for (i64 i = 0; i < w.kept_count[r]; ++i)
+      if (bad[r * w.slots + i])
+        row.refuse("key or value of a kept token", "finite numbers", fmt::format("slot {}", w.kept[r * w.slots + i]));
+    if (const i32 until = w.channels_dropped_until[r]; until < 0 || until > length[r])
+      row.refuse("tokens that lose channels", fmt::format("0..{}", length[r]), fmt::to_string(until));
+    for (i64 c = 0; c < w.head_dim; ++c)
+      if (const int flag = w.drop_channel[r * w.head_dim + c]; flag > 1)
+        row.refuse(fmt::format("mark of channel {}", c), "0 or 1", fmt::to_string(flag));
+  }
+}
+
 }  // namespace lacuna

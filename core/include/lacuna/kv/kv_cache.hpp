@@ -68,6 +68,16 @@ class KvCache {
   /// ones.
   void compact_positions(const Rope& rope);
 
+  /// Replaces the content of every cached token: slot i of head h takes row from[h * slots + i] of that head's k and v
+  /// [num_kv_heads, slots, head_dim], rounded to the pool's dtype; all three in the device's memory, `slots` at least
+  /// the longest head. Shared pages are copied first. Units of all sides become dirty. Throws Error when the pool lacks
+  /// pages to replace shared ones.
+  void overwrite(const float* k, const float* v, const sdk::i32* from, sdk::i64 slots);
+
+  /// The keys at slots below until[h] are held without channels[h] of their channels, if not without more already:
+  /// what kv_bytes() and token_bytes() count. retain moves it along, forks inherit it; the content is the caller's.
+  void drop_key_channels(const std::vector<sdk::i32>& until, const std::vector<sdk::i32>& channels);
+
   /// Declares side data (before the first index); the core allocates it for max_tokens. Units start as zeros when they
   /// come into use; with `poison`, float sides are NaN beyond.
   void add_side(const sdk::Side& side);
@@ -83,12 +93,13 @@ class KvCache {
   sdk::i64 length(sdk::i32 head) const;
   std::vector<sdk::i32> positions(sdk::i32 head) const;  // on the host; does not synchronise
   sdk::i64 pages() const;                                // pages its tables reference
-  sdk::i64 kv_bytes() const;                             // K + V bytes of those pages
-  sdk::i64 token_bytes() const;                          // K + V bytes of the cached tokens alone
+  sdk::i64 kv_bytes() const;                             // K + V bytes of those pages, without dropped channels
+  sdk::i64 token_bytes() const;                          // K + V bytes of the cached tokens alone, likewise
   sdk::i64 side_bytes() const;                           // bytes of the sides' units in use
 
  private:
   struct Impl;
+  sdk::i64 dropped_bytes() const;
   explicit KvCache(std::unique_ptr<Impl> impl);
   std::unique_ptr<Impl> impl_;
 };

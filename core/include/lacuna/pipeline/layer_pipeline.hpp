@@ -80,6 +80,9 @@ class LayerPipeline {
  private:
   /// `select_phase`: what the select strategy plans for; at the cut that is the decoding to come.
   void evict_if_due(const CallSpan& span);
+  /// Leaves in the cache what the eviction keeps, rewritten where the strategy does that.
+  void carry_out(const CallSpan& span, Eviction& e);
+  void rewrite_kept(const CallSpan& span, Eviction& e);
   void prepare(const CallSpan& span, sdk::Phase select_phase);
   void refresh_sides(const CallSpan& span);
   void follow_slots();

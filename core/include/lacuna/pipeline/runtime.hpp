@@ -107,6 +107,7 @@ class StrategyRuntime {
   void attended(KvCache& cache, const CallSpan& span, const sdk::Attended& attended);
   /// Calls calibrate() alone, on what is cached.
   void calibrate(KvCache& cache, const CallSpan& span, sdk::Calibration& calibration);
+  void rewrite(KvCache& cache, const CallSpan& span, const sdk::Rewrite& rewrite);
 
   /// Replaces the queries (positions = compacted turns them with their slots).
   void set_queries(const QuerySource& queries);
@@ -120,6 +121,7 @@ class StrategyRuntime {
   bool adds_extras() const { return instance_.has_mark() && plan_.max_extras > 0; }
 
   bool wants_attended() const { return instance_.has_attended() || (base_ && base_->wants_attended()); }
+  bool rewrites() const { return instance_.has_rewrite() || (base_ && base_->rewrites()); }
 
  private:
   class Services;

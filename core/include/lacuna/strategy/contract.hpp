@@ -23,5 +23,8 @@ void check_budget(const Culprit& who, const sdk::Budget& budget, sdk::i64 total)
 void check_selection(const Culprit& who, const sdk::Selection& selection, const sdk::i64* visible);
 /// Tokens of each KV head ascending or not, but unique and below length[head]; at least one where anything is cached.
 void check_kept(const Culprit& who, const sdk::Kept& kept, const sdk::i32* length);
+/// What a rewrite left behind, all host memory: no kept token whose key or value is not finite (bad [rows, slots] by
+/// place in `kept`), channels of cached tokens, marked 0 or 1.
+void check_rewrite(const Culprit& who, const sdk::Rewrite& rewrite, const sdk::u8* bad, const sdk::i32* length);
 
 }  // namespace lacuna
