@@ -5,6 +5,7 @@
 //   evict:  score(token) = sum over the queries still to come of its dense probability
 //   nothing is forced.
 #include <lacuna/sdk.hpp>
+#include <lacuna/sdk/true_mass.hpp>
 
 namespace {
 using namespace lacuna::sdk;
@@ -36,21 +37,16 @@ struct OracleTopk : Strategy {
 
   void plan(Context& c, Plan& p) override {
     p.q_tile = params.q_tile;
-    p.unit_tokens = params.unit == "token" ? 1 : params.unit == "page" ? 16 : 64;
+    p.unit_tokens = tokens_of_unit(params.unit);
     // Eviction sums over however many queries follow, so its rows are comparable but do not sum to at most 1.
     p.score_kind = c.call().purpose == Purpose::evict ? ScoreKind::logit : ScoreKind::mass;
   }
 
   void score(Context& c, Scores& s) override {
-    c.oracle_mass(s);
-    if (c.call().purpose == Purpose::evict) return;
-    const Rows rows = s.rows;
-    const i64 units = s.units, stride = s.stride;
-    float* value = s.value;
-    c.for_each(rows.count() * units, [=] LACUNA_HD(i64 i) {
-      const i64 row = i / units;
-      value[row * stride + i % units] /= static_cast<float>(rows.query_end(row) - rows.query_begin(row));
-    });
+    if (c.call().purpose == Purpose::evict)
+      c.oracle_mass(s);
+    else
+      mean_true_mass(c, s);
   }
 };
 }  // namespace
