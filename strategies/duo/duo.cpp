@@ -6,19 +6,10 @@
 //
 // 128 + 256 is what the published class tables were trained with; the authors deploy with 64 + 256.
 #include <lacuna/sdk.hpp>
+#include <lacuna/sdk/head_set.hpp>
 
 namespace {
 using namespace lacuna::sdk;
-
-constexpr i32 kMaxHeads = 256;
-
-/// A set of KV heads that a lambda can carry to the device.
-struct HeadSet {
-  u64 bits[kMaxHeads / 64] = {};
-
-  void insert(i32 head) { bits[head / 64] |= u64{1} << (head % 64); }
-  LACUNA_HD bool contains(i64 head) const { return (bits[head / 64] >> (head % 64)) & 1u; }
-};
 
 struct Duo : Strategy {
   struct Params {
@@ -46,14 +37,7 @@ struct Duo : Strategy {
 
   void allocate_rows(Context& c, const Scores*, Budget& b) override {
     const i32 heads_kv = c.layer().num_kv_heads, sinks = params.sinks, recent = params.recent;
-    HeadSet full;
-    if (const auto named = params.classes.find(c.layer().index); named != params.classes.end())
-      for (const i32 head : named->second) {
-        if (head < 0 || head >= heads_kv || head >= kMaxHeads)
-          throw Failure("classes: layer " + std::to_string(c.layer().index) + " names KV head " + std::to_string(head) +
-                        ", expected 0.." + std::to_string((heads_kv < kMaxHeads ? heads_kv : kMaxHeads) - 1));
-        full.insert(head);
-      }
+    const HeadSet full = heads_of_class(params.classes, c.layer());
     const Rows rows = b.rows;
     i32 *rule = b.rule, *window_sinks = b.window_sinks, *window_recent = b.window_recent;
     c.for_each(rows.count(), [=] LACUNA_HD(i64 row) {
