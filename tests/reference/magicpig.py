@@ -3,32 +3,7 @@
 import numpy as np
 
 from compare import Case, check_decode
-
-MASK = np.uint64(0xFFFFFFFF)
-
-
-def splitmix(x):
-    mask = (1 << 64) - 1
-    z = (x + 0x9E3779B97F4A7C15) & mask
-    z = ((z ^ (z >> 30)) * 0xBF58476D1CE4E5B9) & mask
-    z = ((z ^ (z >> 27)) * 0x94D049BB133111EB) & mask
-    return z ^ (z >> 31)
-
-
-def philox_normal(key, step, row, counter):
-    """Philox4x32-10 addressed by (row, counter), then Box-Muller; arrays of uint64."""
-    row, counter = np.broadcast_arrays(row.astype(np.uint64), counter.astype(np.uint64))
-    shift = np.uint64(32)
-    c0, c1 = counter & MASK, counter >> shift
-    c2, c3 = row & MASK, (row >> shift) ^ np.uint64(step)
-    k0, k1 = key & 0xFFFFFFFF, key >> 32
-    for _ in range(10):
-        p0, p1 = np.uint64(0xD2511F53) * c0, np.uint64(0xCD9E8D57) * c2
-        c0, c1, c2, c3 = (p1 >> shift) ^ c1 ^ np.uint64(k0), p1 & MASK, (p0 >> shift) ^ c3 ^ np.uint64(k1), p0 & MASK
-        k0, k1 = (k0 + 0x9E3779B9) & 0xFFFFFFFF, (k1 + 0xBB67AE85) & 0xFFFFFFFF
-    u = (c0.astype(np.float64) + 1) * 2.0**-32
-    w = c1.astype(np.float64) * 2.0**-32
-    return np.sqrt(-2 * np.log(u)) * np.cos(2 * np.pi * w)
+from philox import layer_key, philox_normal
 
 
 def signs(x, planes):
@@ -41,7 +16,7 @@ def signs(x, planes):
 def magicpig(bits=10, tables=150, sinks=4, recent=64, seed=0):
     def check(layer, dump, report):
         prompt = layer.prompt
-        key = splitmix(seed * 1000003 + layer.index)
+        key = layer_key(seed, layer.index)
         row = (np.arange(tables)[:, None] * 16 + np.arange(bits))[:, :, None]
         planes = philox_normal(key, 0, row, np.arange(layer.dim)[None, None])
         middle = np.arange(sinks, prompt - recent)
