@@ -28,3 +28,12 @@ def means(points, labels, before):
     out = before.copy()
     out[counts > 0] = stored(sums[counts > 0] / counts[counts > 0, None])
     return out
+
+
+def normalised(centroids):
+    return stored(centroids / np.linalg.norm(centroids, axis=1, keepdims=True))
+
+
+def by_product(points, centroids):
+    """By the largest inner product."""
+    return np.concatenate([np.argmax(points[a : a + 4096] @ centroids.T, axis=1) for a in range(0, len(points), 4096)])
