@@ -140,11 +140,10 @@ CostResult time_study(const StudyResult& study, const Trace& trace, const std::s
   return time_cells(trace, study.scenario.cells, study.scenario.cost, timing);
 }
 
-/// Turns the knobs of cells with `calibrate = true` on the calibration traces.
-void set_knobs(Scenario& scenario) {
+void calibrate(Scenario& scenario) {
   std::vector<Trace> traces;
   for (const std::string& path : scenario.calibration_traces) traces.push_back(Trace::open(path));
-  if (!traces.empty()) calibrate_knobs(scenario.cells, traces);
+  if (!traces.empty()) calibrate_cells(scenario.cells, traces);
 }
 
 int run(const Session& session, const Options& options) {
@@ -163,7 +162,7 @@ int run(const Session& session, const Options& options) {
     return 0;
   }
 
-  set_knobs(study.scenario);
+  calibrate(study.scenario);
   const std::shared_ptr<Device> device = device_by_name(study.scenario.device);
   study.device = device->describe();
   study.build = {build_info::kVersion, build_info::kCommit, build_info::kCompiler, build_info::kFlags,

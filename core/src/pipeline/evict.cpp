@@ -83,8 +83,9 @@ void rank_scores(StrategyRuntime& strategy, KvCache& cache, const LayerSetup& se
   const Plan& plan = strategy.plan();
   const i32 heads = setup.layer.num_kv_heads;
   const auto refuse = [&](const char* expected, const char* found) {
-    throw lacuna::Error(Problem{std::string("strategy '") + strategy.entry().name + "' does not rank as its wrapper does",
-                                expected, found, "the base of an evict role", "choose another gqa, or another base"});
+    throw lacuna::Error(
+        Problem{std::string("strategy '") + strategy.entry().name + "' does not rank as its wrapper does", expected,
+                found, "the base of an evict role", "choose another gqa, or another base"});
   };
   if (!out.rows.per_query_head && strategy.gqa() == Gqa::union_ && plan.per_query_head)
     refuse("one score per KV head: gqa = mean, max or sum", "gqa = union");

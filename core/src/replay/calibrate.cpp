@@ -108,6 +108,7 @@ CalibrationFile calibrate(const Resolved& strategy, const std::vector<Trace>& tr
   file.metadata["trace_ids"] = joined(traces, [](const Trace& t) { return t.content_id(); });
   file.metadata["traces"] =
       joined(traces, [](const Trace& t) { return std::filesystem::path(t.info().path).filename().string(); });
+  file.identify();
   return file;
 }
 
@@ -180,7 +181,29 @@ KnobValue calibrate_knob(const Cell& cell, const std::vector<Trace>& traces) {
   return best;
 }
 
-void calibrate_knobs(std::vector<Cell>& cells, const std::vector<Trace>& traces) {
+namespace {
+
+void fill_data(std::vector<Cell>& cells, const std::vector<Trace>& traces) {
+  std::map<std::string, std::shared_ptr<const CalibrationFile>> known;
+  const auto fill = [&](Resolved& strategy) {
+    if (!(strategy.type->entry().needs & kNeedsData) || !strategy.data.empty()) return;
+    auto& file = known[strategy.type->name() + strategy.own.dump()];
+    if (!file) file = std::make_shared<CalibrationFile>(calibrate(strategy, traces));
+    strategy.data[data_parameter(*strategy.type)] = file;
+  };
+  for (Cell& cell : cells)
+    for (auto* role : {&cell.select, &cell.evict, &cell.allocate})
+      for (Resolved* r = *role ? &**role : nullptr; r;) {
+        fill(*r);
+        if (r->base) r->base = std::make_shared<Resolved>(*r->base);  // bases are shared between cells
+        r = r->base.get();
+      }
+}
+
+}  // namespace
+
+void calibrate_cells(std::vector<Cell>& cells, const std::vector<Trace>& traces) {
+  fill_data(cells, traces);
   std::map<std::string, KnobValue> known;
   const std::string ids = joined(traces, [](const Trace& t) { return t.content_id(); });
   for (Cell& cell : cells) {
@@ -190,7 +213,8 @@ void calibrate_knobs(std::vector<Cell>& cells, const std::vector<Trace>& traces)
     const std::string key = alone.describe().dump();
     auto found = known.find(key);
     if (found == known.end()) found = known.emplace(key, calibrate_knob(alone, traces)).first;
-    *cell.select = *turned(cell, found->second.value).select;
+    const Cell set = turned(cell, found->second.value);
+    cell.select->own = set.select->own;
     cell.select->knob->calibrated_on = ids;
   }
 }

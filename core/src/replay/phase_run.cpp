@@ -287,8 +287,7 @@ PhaseRun run_phase(LayerReplay& layer, const TraceInfo& info, const Cell& cell, 
   const double dense_pairs = static_cast<double>(l.num_qo_heads) * static_cast<double>(capped_pairs(end, begin, end));
   run.read_share = static_cast<double>(run.work.pairs) / dense_pairs;
   if (phase == ReplayPhase::evict && eviction.cached_tokens > 0) {
-    run.realised_head = run.realised_union =
-        (eviction.kept_tokens - eviction.dropped_tokens) / eviction.cached_tokens;
+    run.realised_head = run.realised_union = (eviction.kept_tokens - eviction.dropped_tokens) / eviction.cached_tokens;
     run.target_share =
         eviction.limited ? static_cast<double>(eviction.target_tokens * l.num_kv_heads) / eviction.cached_tokens : 0;
     const bool free_union = cell.evict && cell.evict->common().gqa == Gqa::union_;

@@ -1,12 +1,17 @@
 #include "lacuna/replay/replay.hpp"
 
+#include <omp.h>
+
 #include <algorithm>
+#include <atomic>
 #include <chrono>
 #include <cmath>
 #include <filesystem>
 #include <list>
 #include <memory>
+#include <mutex>
 #include <numeric>
+#include <thread>
 
 #include "lacuna/base/error.hpp"
 #include "lacuna/metrics/cuda_oracle.hpp"
@@ -215,7 +220,7 @@ class LayerRun {
     const auto start = std::chrono::steady_clock::now();
     PhaseRun run = run_phase(
         layer, info_, cell, ref.phase, {ref.begin, ref.end},
-        {options_.check, false, false, {}, {}, &across_.carried[{row.cell, ref.phase}], across_.entropy_data()});
+        {options_.check, false, false, {}, {}, &across_.carried.at({row.cell, ref.phase}), across_.entropy_data()});
     row.cost = run.cost;
     row.cost.seconds = std::chrono::duration<double>(std::chrono::steady_clock::now() - start).count();
     row.marks = run.marks;
@@ -353,6 +358,68 @@ class LayerRun {
 
 }  // namespace
 
+namespace {
+
+/// Layers of a short trace that a GPU works on at a time: their steps are short, and the host's part of one runs beside
+/// the others'. One where layers carry anything to the next, or memory is not plentiful.
+int layers_at_once(const Trace& trace, const std::vector<Cell>& cells, const ReplayOptions& options) {
+  constexpr int kMost = 8, kThreadsEach = 2;
+  constexpr i64 kShort = 16384;
+  const TraceInfo& info = trace.info();
+  const bool in_order =
+      std::any_of(cells.begin(), cells.end(), [](const Cell& c) { return asks_for(c, kNeedsAllLayers); });
+  if (!options.device->on_device() || in_order || info.tokens() > kShort) return 1;
+  const std::size_t layer = LayerReplay::memory(trace, info.captured_layers.front(), options.page_size).total();
+  const auto room = static_cast<int>(std::min<std::size_t>(kMost, options.device->free_bytes() / (4 * layer)));
+  return std::clamp(std::min(omp_get_max_threads() / kThreadsEach, static_cast<int>(info.captured_layers.size())), 1,
+                    std::max(room, 1));
+}
+
+std::vector<ReplayResult> run_layers(const Trace& trace, const std::vector<Cell>& cells, const ReplayOptions& options,
+                                     AcrossLayers& across) {
+  const std::vector<int>& layers = trace.info().captured_layers;
+  std::vector<ReplayResult> out(layers.size());
+  const int at_once = layers_at_once(trace, cells, options);
+  trace.content_id();  // computed at its first call
+  std::mutex reporting;
+  std::atomic<std::size_t> next = 0;
+  std::vector<std::exception_ptr> thrown(layers.size());
+  const auto work = [&](const ReplayOptions& mine) {
+    for (std::size_t i; (i = next++) < layers.size();) {
+      if (mine.stop && mine.stop()) return;
+      try {
+        LayerRun(trace, layers[i], cells, mine, across, out[i]).run();
+      } catch (...) {
+        thrown[i] = std::current_exception();
+        next = layers.size();
+      }
+    }
+  };
+  if (at_once == 1) {
+    work(options);
+  } else {
+    std::vector<std::jthread> threads;
+    const int host_threads = std::max(1, omp_get_max_threads() / at_once);
+    for (int t = 0; t < at_once; ++t)
+      threads.emplace_back([&, host_threads] {
+        omp_set_num_threads(host_threads);
+        ReplayOptions mine = options;
+        mine.device = cuda_device();  // a stream of its own
+        if (options.on_row)
+          mine.on_row = [&](const Row& row) {
+            const std::lock_guard lock(reporting);
+            options.on_row(row);
+          };
+        work(mine);
+      });
+  }
+  for (const std::exception_ptr& e : thrown)
+    if (e) std::rethrow_exception(e);
+  return out;
+}
+
+}  // namespace
+
 i64 default_min_context(double density, i64 prompt_tokens) {
   const double least = std::min(32.0 / density, static_cast<double>(prompt_tokens) / 2.0);
   return (static_cast<i64>(std::ceil(least)) + 63) / 64 * 64;
@@ -387,11 +454,11 @@ ReplayResult replay(const Trace& trace, const std::vector<Cell>& cells, const Re
       across.skipped.insert({static_cast<int>(i), phase});
       result.skips.push_back({static_cast<int>(i), phase, std::move(reason)});
     }
+  for (std::size_t i = 0; i < cells.size(); ++i)
+    for (const ReplayPhase phase : options.phases) across.carried[{static_cast<int>(i), phase}];
   across.entropy = layer_entropy(trace, cells);
-  for (const int layer : trace.info().captured_layers) {
-    if (options.stop && options.stop()) break;
-    LayerRun(trace, layer, cells, options, across, result).run();
-  }
+  for (ReplayResult& of_layer : run_layers(trace, cells, options, across))
+    std::move(of_layer.rows.begin(), of_layer.rows.end(), std::back_inserter(result.rows));
   return result;
 }
 

@@ -35,7 +35,6 @@ CalibrationFile read_stored(const std::string& path) {
   const SafetensorsFile stored(path);
   CalibrationFile out;
   out.metadata = stored.metadata();
-  out.content_id = Hasher().add(stored.bytes().data(), stored.bytes().size()).hex();
   if (const auto format = out.metadata.find("format"); format == out.metadata.end() || format->second != kFormat)
     throw Error({"not a calibration file", fmt::format("metadata format = {}", kFormat),
                  format == out.metadata.end() ? "none" : format->second, path, "Make one with lacuna calibrate."});
@@ -79,7 +78,6 @@ CalibrationFile read_toml(const std::string& path) {
   std::ifstream in(path, std::ios::binary);
   const std::string text{std::istreambuf_iterator<char>(in), {}};
   CalibrationFile out;
-  out.content_id = Hasher().add(text).hex();
   toml::table table;
   try {
     table = toml::parse(text, path);
@@ -164,11 +162,24 @@ bool CalibrationFile::made_from(const std::string& trace_id) const {
   return ids != metadata.end() && ("," + ids->second + ",").find("," + trace_id + ",") != std::string::npos;
 }
 
+void CalibrationFile::identify() {
+  Hasher hash;
+  for (const auto& [layer, arrays] : layers)
+    for (const auto& [name, array] : arrays) {
+      hash.add(fmt::format("{} {}", layer, name));
+      hash.add(array.shape.data(), array.shape.size() * sizeof(i64));
+      hash.add(array.values.data(), array.values.size() * sizeof(float));
+    }
+  content_id = hash.hex();
+}
+
 CalibrationFile read_calibration(const std::string& path) {
   if (!std::filesystem::is_regular_file(path))
     throw Error({"there is no such calibration file", "a file that lacuna calibrate wrote, or a table in TOML", "none",
                  path, ""});
-  return is_safetensors(path) ? read_stored(path) : read_toml(path);
+  CalibrationFile out = is_safetensors(path) ? read_stored(path) : read_toml(path);
+  out.identify();
+  return out;
 }
 
 void write_calibration(const CalibrationFile& file, const std::string& path) {

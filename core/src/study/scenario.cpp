@@ -1,6 +1,7 @@
 #include "lacuna/study/scenario.hpp"
 
 #include <algorithm>
+#include <cstdlib>
 #include <filesystem>
 #include <set>
 
@@ -85,11 +86,21 @@ class Loader {
   }
   static Json as_list(const Json& value) { return value.is_array() ? value : Json::array({value}); }
 
+  /// Relative to the scenario; one that is not there may lie in LACUNA_TRACE_DIR under its own name.
+  std::string find_trace(const std::filesystem::path& file) const {
+    const auto beside = (file.is_absolute() ? file : std::filesystem::path(directory_) / file).lexically_normal();
+    const char* elsewhere = std::getenv("LACUNA_TRACE_DIR");
+    if (elsewhere && !std::filesystem::exists(beside))
+      if (const auto there = std::filesystem::path(elsewhere) / file.filename(); std::filesystem::exists(there))
+        return there.string();
+    return beside.string();
+  }
+
   std::vector<std::string> read_files(const Json& table, const std::string& name) const {
     std::vector<std::string> out;
     for (const Json& f : as_list(table.value("files", Json::array()))) {
       const std::filesystem::path file = string_at(f, name + ".files");
-      out.push_back((file.is_absolute() ? file : std::filesystem::path(directory_) / file).lexically_normal().string());
+      out.push_back(find_trace(file));
       if (std::count(out.begin(), out.end(), out.back()) > 1)
         throw Error(
             {"a trace named twice", "different traces", f.dump(), document_.where(name + ".files"), "Remove one."});

@@ -13,8 +13,8 @@ struct Eviction {
   sdk::i64 mean_tokens = 0;    // uniform target over the model's layers
   double allocated_mean = 0;   // mean over the model's layers that allocate_layers gave
   double kept_tokens = 0, cached_tokens = 0;  // summed over KV heads
-  double dropped_tokens = 0;    // that key channels dropped from kept tokens are worth, summed over KV heads
-  sdk::i64 unit_tokens = 1;     // that an explicit choice keeps or drops together
+  double dropped_tokens = 0;  // that key channels dropped from kept tokens are worth, summed over KV heads
+  sdk::i64 unit_tokens = 1;   // that an explicit choice keeps or drops together
   bool limited = false, floor = false, rank_normalised = false;
   std::vector<float> scores;  // with keep_scores: [rows, cached] after reduction
   sdk::i64 scores_rows = 0;

@@ -27,7 +27,8 @@ struct KnobValue {
 /// strategy without a knob, or one whose knob moves nothing.
 KnobValue calibrate_knob(const Cell& cell, const std::vector<Trace>& traces);
 
-/// Sets the knobs of all cells that ask for it (`calibrate = true`); equal settings are bisected once.
-void calibrate_knobs(std::vector<Cell>& cells, const std::vector<Trace>& traces);
+/// What a study calibrates before it runs: the knobs of cells that ask for it (`calibrate = true`), and the arrays of
+/// strategies that need a file and name none. Equal settings are calibrated once.
+void calibrate_cells(std::vector<Cell>& cells, const std::vector<Trace>& traces);
 
 }  // namespace lacuna

@@ -18,12 +18,14 @@ struct CalibrationArray {
 struct CalibrationFile {
   std::map<int, std::map<std::string, CalibrationArray>> layers;
   std::map<std::string, std::string> metadata;  // strategy, parameters, model, trace_ids (comma-separated), ...
-  std::string content_id;                       // hash of the file's bytes, 16 hex digits
+  std::string content_id;                       // hash of the arrays, 16 hex digits: the same in either encoding
 
   /// Null where there is none.
   const CalibrationArray* find(int layer, const std::string& name) const;
   /// Whether it was made from the trace with this content id.
   bool made_from(const std::string& trace_id) const;
+  /// Computes content_id.
+  void identify();
 };
 
 /// Reads a .safetensors file (tensors `layers.{i}.{name}`, fp32) or, by any other name, TOML: `[layer.3] name = [...]`,
