@@ -102,7 +102,6 @@ struct LagKv : Strategy {
     c.charge(36.0 * rows * n, 1.0 * lag * rows * n);
   }
 
- private:
   /// Standard deviation over its channels of every judged token's key or value, scaled by the next partition's range.
   static const double* spreads(Context& c, const void* x, Partitions part, i64 parts) {
     const Paged kv = c.kv();
