@@ -6,6 +6,7 @@
 // Preset sparse_frontier (Nawrot et al. 2025): 16-token tiles and blocks; the first block, the diagonal and the one
 // before it are forced, inside the count.
 #include <lacuna/sdk.hpp>
+#include <lacuna/sdk/pooled.hpp>
 
 namespace {
 using namespace lacuna::sdk;
@@ -45,40 +46,10 @@ struct BlockTopk : Strategy {
     p.last_units = params.local_blocks;
     p.default_units = params.top;
     p.score_kind = ScoreKind::rank;
-    const Layer& l = c.layer();
-    const i64 means =
-        l.num_qo_heads * ceil_div(p.max_cached, params.q_tile) + l.num_kv_heads * ceil_div(p.max_cached, params.block);
-    p.workspace_bytes = 4 * c.call().num_seqs * means * l.head_dim + 2 * 256;
+    p.workspace_bytes = pooled_dots_bytes(c, p.max_cached, params.q_tile, params.block);
   }
 
-  void score(Context& c, Scores& s) override {
-    const Queries q = c.current_queries();
-    const Paged kv = c.kv();
-    const Rows rows = s.rows;
-    const i32 kv_heads = c.layer().num_kv_heads;
-    const i64 d = q.head_dim, block = params.block, units = s.units, stride = s.stride;
-    const i64 tiles = ceil_div(q.count, params.q_tile), blocks = ceil_div(kv.max_length, block);
-    float* queries = c.workspace<float>(q.seqs * q.heads * tiles * d);
-    float* keys = c.workspace<float>(kv.rows * blocks * d);
-    c.mean_queries(q, params.q_tile, true, queries);
-    c.mean_keys(params.block, true, keys);
-    float* value = s.value;
-    c.for_each(rows.count() * units, [=] LACUNA_HD(i64 i) {
-      const i64 row = i / units, unit = i % units;
-      if (unit >= blocks || unit * block >= rows.first_position + rows.query_end(row)) return;
-      const i64 head = static_cast<i64>(rows.seq_of(row)) * rows.heads + rows.head_of(row);
-      const float *a = queries + (head * tiles + rows.tile_of(row)) * d,
-                  *b = keys + (rows.kv_row(row, kv_heads) * blocks + unit) * d;
-      float sum = 0.f;
-      for (i64 e = 0; e < d; ++e) sum += a[e] * b[e];
-      value[row * stride + unit] = sum;
-    });
-    const double pairs = 0.5 * static_cast<double>(rows.count()) * static_cast<double>(units);
-    c.charge(4.0 * d * (rows.count() + kv.rows * blocks) + 4.0 * pairs, 2.0 * d * pairs);
-  }
-
- private:
-  static i64 ceil_div(i64 a, i64 b) { return (a + b - 1) / b; }
+  void score(Context& c, Scores& s) override { pooled_dots(c, s.rows, params.block, s.value, s.stride); }
 };
 }  // namespace
 

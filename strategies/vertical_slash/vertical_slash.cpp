@@ -22,6 +22,10 @@ constexpr i32 kColumns = 1000, kDiagonals = 6096;  // the commonest pair of the 
 constexpr i32 kLeastDiagonals = 50;                // the original raises smaller counts to this
 constexpr i32 kProbes = 32;                        // lowering is not monotone in n: look a little past the bisection
 
+LACUNA_HD inline void want_both(const SlashRanking& r, i64 head, i64 n) {
+  r.want(head, n > r.forced_columns ? n : r.forced_columns, n > r.forced_diagonals ? n : r.forced_diagonals);
+}
+
 struct VerticalSlash : Strategy {
   struct Params {
     i32 last_q = 64, forced_columns = 30, forced_diagonals = 100, columns = 0, diagonals = 0, block = 64, q_tile = 64;
@@ -66,23 +70,10 @@ struct VerticalSlash : Strategy {
     p.workspace_bytes = 6 * (heads * p.max_cached * 4 + 256) + heads * tiles * 8 + 256 + 9 * (heads * 4 + 256);
   }
 
-  /// Scores, and how many of each are wanted.
-  struct Ranking {
-    i64 heads, length, forced_v, forced_s;
-    SlashMass mass;
-    i32 *n, *v, *s;  // [heads] candidates, columns and diagonals wanted
-
-    LACUNA_HD void want(i64 i, i64 columns, i64 diagonals) const {
-      v[i] = static_cast<i32>(columns < length ? columns : length);
-      s[i] = static_cast<i32>(diagonals < length ? diagonals : length);
-    }
-    LACUNA_HD void want(i64 i, i64 both) const {
-      want(i, both > forced_v ? both : forced_v, both > forced_s ? both : forced_s);
-    }
-  };
-
   void mark(Context& c, const Budget& budget, Selection& out) override {
-    const Ranking r = rank(c, budget);
+    const SlashRanking r =
+        rank_slashes(c, c.last_queries(params.last_q), budget.rows, common.gqa,
+                     std::max(params.forced_columns, budget.sinks), std::max(params.forced_diagonals, budget.recent));
     const Slashes chosen{r.heads,
                          r.length,
                          c.workspace<i32>(r.heads * r.length),
@@ -92,42 +83,16 @@ struct VerticalSlash : Strategy {
     if (budget.limited && params.columns == 0 && params.diagonals == 0) {
       find_sizes(c, budget, r, chosen);
     } else {
-      const i64 v = std::max<i64>(params.columns ? params.columns : kColumns, r.forced_v);
+      const i64 v = std::max<i64>(params.columns ? params.columns : kColumns, r.forced_columns);
       const i64 s = std::max<i64>({params.diagonals ? params.diagonals : kDiagonals, kLeastDiagonals, budget.recent});
       c.for_each(r.heads, [=] LACUNA_HD(i64 i) { r.want(i, v, s); });
     }
-    choose(c, r, chosen);
+    choose_slashes(c, r, chosen);
     lower_slashes(c, out.rows, chosen, params.block, params.lowering == "aligned", &out, nullptr);
   }
 
-  /// Scores of every column and diagonal, the forced ones first.
-  Ranking rank(Context& c, const Budget& budget) {
-    const Rows& rows = budget.rows;
-    Ranking r{};
-    r.forced_v = std::max(params.forced_columns, budget.sinks);
-    r.forced_s = std::max(params.forced_diagonals, budget.recent);
-    r.heads = static_cast<i64>(rows.seqs) * rows.heads;
-    r.length = rows.first_position + rows.num_queries;
-    r.mass = slash_mass(c, c.last_queries(params.last_q), rows, common.gqa, r.length);
-    for (i32** list : {&r.n, &r.v, &r.s}) *list = c.workspace<i32>(r.heads);
-    const float first = INFINITY;
-    c.for_each(r.heads * r.length, [=] LACUNA_HD(i64 i) {
-      const i64 at = i % r.length;
-      if (at < r.forced_v) r.mass.column[i] = first;
-      if (at < r.forced_s) r.mass.diagonal[i] = first;
-      r.n[i / r.length] = static_cast<i32>(r.length);
-    });
-    return r;
-  }
-
-  void choose(Context& c, const Ranking& r, const Slashes& out) {
-    const i32 heads = static_cast<i32>(r.heads);
-    c.topk(r.mass.column, heads, r.length, r.n, r.v, out.columns, out.num_columns, r.length);
-    c.topk(r.mass.diagonal, heads, r.length, r.n, r.s, out.diagonals, out.num_diagonals, r.length);
-  }
-
   /// The largest n per head that fits; leaves it wanted.
-  void find_sizes(Context& c, const Budget& budget, const Ranking& r, const Slashes& chosen) {
+  void find_sizes(Context& c, const Budget& budget, const SlashRanking& r, const Slashes& chosen) {
     const Rows rows = budget.rows;
     const i64 tiles = rows.tiles;
     const i64* target = budget.pairs;
@@ -137,8 +102,8 @@ struct VerticalSlash : Strategy {
     const LargestThatFits search = search_largest(c, r.heads, r.length, kProbes);
     for (i32 round = 0; round < search.rounds(); ++round) {
       search.propose(c, round);
-      c.for_each(r.heads, [=] LACUNA_HD(i64 i) { r.want(i, search.tried[i]); });
-      choose(c, r, chosen);
+      c.for_each(r.heads, [=] LACUNA_HD(i64 i) { want_both(r, i, search.tried[i]); });
+      choose_slashes(c, r, chosen);
       lower_slashes(c, rows, chosen, params.block, params.lowering == "aligned", nullptr, pairs);
       c.for_each(r.heads, [=] LACUNA_HD(i64 i) {
         double limit = 0, used = 0;  // a density bounds the head's pairs itself, finer than its rows' whole K
@@ -153,7 +118,7 @@ struct VerticalSlash : Strategy {
       });
       search.judge(c, round, fits);
     }
-    c.for_each(r.heads, [=] LACUNA_HD(i64 i) { r.want(i, search.best[i]); });
+    c.for_each(r.heads, [=] LACUNA_HD(i64 i) { want_both(r, i, search.best[i]); });
   }
 };
 }  // namespace

@@ -167,7 +167,7 @@ def cases():
         case("gamma", ["gamma=0.7", "min_tokens=256"], by_block(gamma=0.7, min_tokens=256)),
         case("none-aware", ["tau=0", "min_tokens=128"], by_block(tau=0, min_tokens=128)),
         case("all-aware", ["tau=1", "min_tokens=128"], by_block(tau=1, min_tokens=128), extra=True),
-        case("aware-gamma", ["tau=0.5", "gamma=0.4", "min_tokens=0"], by_block(tau=0.5, gamma=0.4, min_tokens=0)),
+        case("aware-gamma", ["tau=0.45", "gamma=0.4", "min_tokens=0"], by_block(tau=0.45, gamma=0.4, min_tokens=0)),
         case(
             "block-64",
             ["block=64", "last_q=64", "min_tokens=300", "tau=0.3"],
@@ -176,11 +176,8 @@ def cases():
         ),
         case("dense", ["min_tokens=1990"], by_block(min_tokens=1990), layers="one"),
         case("sparse_frontier", [sf], by_token(), extra=True),
-        case(
-            "sparse_frontier-class",
-            [sf, "gamma=0.9", "min_tokens=256"],
-            by_token(0.9, 256),
-        ),
+        case("sparse_frontier-class", [sf, "gamma=0.9", "min_tokens=256"], by_token(0.9, 256)),
+        case("sparse_frontier-forced", [sf, "gamma=0.2", "min_tokens=70"], by_token(0.2, 70)),
         case(
             "sparse_frontier-small",
             [sf, "gamma=0.3", "min_tokens=2", "last_q=64"],

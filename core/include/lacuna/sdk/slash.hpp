@@ -103,6 +103,46 @@ inline SlashMass slash_mass(Context& c, const Queries& q, const Rows& rows, Gqa 
   return reduced;
 }
 
+/// Columns and diagonals of every head by mass, the forced ones first, and how many of each are wanted.
+struct SlashRanking {
+  i64 heads, length, forced_columns, forced_diagonals;
+  SlashMass mass;
+  i32 *n, *columns, *diagonals;  // [heads] candidates; wanted
+
+  LACUNA_HD void want(i64 head, i64 v, i64 s) const {
+    columns[head] = static_cast<i32>(v < length ? v : length);
+    diagonals[head] = static_cast<i32>(s < length ? s : length);
+  }
+};
+
+/// Ranks them by the attention of the queries `q`: the first columns and the nearest diagonals that are forced come
+/// first. Workspace: that of slash_mass, and three arrays [heads].
+inline SlashRanking rank_slashes(Context& c, const Queries& q, const Rows& rows, Gqa gqa, i64 forced_columns,
+                                 i64 forced_diagonals) {
+  SlashRanking r{};
+  r.forced_columns = forced_columns;
+  r.forced_diagonals = forced_diagonals;
+  r.heads = static_cast<i64>(rows.seqs) * rows.heads;
+  r.length = rows.first_position + rows.num_queries;
+  r.mass = slash_mass(c, q, rows, gqa, r.length);
+  for (i32** list : {&r.n, &r.columns, &r.diagonals}) *list = c.workspace<i32>(r.heads);
+  const float first = INFINITY;
+  c.for_each(r.heads * r.length, [=] LACUNA_HD(i64 i) {
+    const i64 at = i % r.length;
+    if (at < r.forced_columns) r.mass.column[i] = first;
+    if (at < r.forced_diagonals) r.mass.diagonal[i] = first;
+    r.n[i / r.length] = static_cast<i32>(r.length);
+  });
+  return r;
+}
+
+/// The wanted ones of every head, ties to the lower column or offset.
+inline void choose_slashes(Context& c, const SlashRanking& r, const Slashes& out) {
+  const i32 heads = static_cast<i32>(r.heads);
+  c.topk(r.mass.column, heads, r.length, r.n, r.columns, out.columns, out.num_columns, r.length);
+  c.topk(r.mass.diagonal, heads, r.length, r.n, r.diagonals, out.diagonals, out.num_diagonals, r.length);
+}
+
 /// Pieces that a tile can have: they are disjoint, and the last range may overshoot the diagonal.
 inline i64 most_slash_pieces(i64 length, i64 q_tile, i64 block) { return (length + 2 * q_tile) / block; }
 
