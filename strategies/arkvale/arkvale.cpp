@@ -37,6 +37,7 @@ struct ArkVale : Strategy {
     i.defaults = R"({"gqa": "mean"})";
     i.dense_point = R"({"density": 1.0})";
     i.nested = 1;
+    i.cost = "2 d_h S / page_size H_kv elements read, 5 d_h S / page_size H FLOPs";
     return i;
   }
 

@@ -9,9 +9,12 @@
 //     with a budget   the tokens of the best clusters, in the last one those at the lowest positions
 //     with top_p      the clusters that reach this share of the scores
 //     else            the best floor(exact * clusters) clusters, at least one
+//   estimate: of the clusters with tokens that are not read, the best floor(estimated * clusters) are attended to as
+//   one token each: the centroid, the mean value of the keys' tokens, and log(tokens not read) added to the logit
 #include <lacuna/sdk.hpp>
 #include <lacuna/sdk/gqa.hpp>
 #include <lacuna/sdk/kmeans.hpp>
+#include <lacuna/sdk/prompt.hpp>
 #include <lacuna/sdk/softmax.hpp>
 
 namespace {
@@ -49,10 +52,26 @@ struct Segments {
   }
 };
 
+constexpr i64 kParts = 128;  // of a row's minimum
+
+/// Index of the first of n ascending values that is at least `value`; n where none is.
+LACUNA_HD i64 first_not_below(const i32* values, i64 n, i64 value) {
+  i64 lo = 0;
+  while (lo < n) {
+    const i64 middle = (lo + n) / 2;
+    if (values[middle] < value)
+      lo = middle + 1;
+    else
+      n = middle;
+  }
+  return lo;
+}
+
 struct Cluster : Strategy {
   struct Params {
     i32 segment = 8192, per_cluster = 16;
-    double exact = 0.018;
+    double exact = 0.018, estimated = 0.232;
+    bool estimate = true;
     double top_p = 0;
     i32 sinks = 4, recent = 64;
     i32 iterations = 10;
@@ -62,6 +81,8 @@ struct Cluster : Strategy {
     s.field("segment", &Params::segment, "keys that are clustered together, about", "1..")
         .field("per_cluster", &Params::per_cluster, "keys of a cluster on average", "1..")
         .field("exact", &Params::exact, "share of the clusters whose tokens are read, where no budget is given", "0..1")
+        .field("estimate", &Params::estimate, "attend to centroids for the next best clusters")
+        .field("estimated", &Params::estimated, "share of the clusters that centroids stand for", "0..1")
         .field("top_p", &Params::top_p, "share of the scores that is read instead; 0: none", "0..1")
         .field("sinks", &Params::sinks, "first tokens, always read", "0..1000000000")
         .field("recent", &Params::recent, "last tokens of the prompt, always read", "0..1000000000")
@@ -74,11 +95,15 @@ struct Cluster : Strategy {
     i.paper = "Chen et al. 2025, arXiv 2505.02922";
     i.rule =
         "score(cluster) = softmax over clusters of q . centroid, summed over the group; the tokens of the best ones, "
-        "sinks, last prompt tokens and generated ones";
+        "sinks, last prompt tokens and generated ones; centroids with mean values for the next best";
     i.phases = kDecode;
     i.defaults = R"({"gqa": "sum"})";
     i.dense_point = R"({"density": 1.0})";
     i.nested = 1;
+    i.cost =
+        "(d_h / per_cluster + 1) S H_kv elements read, 2 d_h S / per_cluster H FLOPs; once, iterations times 2 d_h "
+        "segment "
+        "/ per_cluster S H_kv FLOPs";
     return i;
   }
 
@@ -94,7 +119,10 @@ struct Cluster : Strategy {
     p.states[p.num_states++] = {"size", Dtype::i32, room};
     p.states[p.num_states++] = {"clusters", Dtype::i32, l.num_kv_heads};
     p.states[p.num_states++] = {"fixed", Dtype::i32, 1};
-    p.workspace_bytes = 4 * heads * (5 * max_clusters + p.max_cached + 6) + softmax_bytes(heads);
+    p.workspace_bytes = 4 * heads * (7 * max_clusters + p.max_cached + 2 * kParts + 12) + softmax_bytes(heads);
+    if (!params.estimate) return;
+    p.states[p.num_states++] = {"value", Dtype::f32, room * l.head_dim};
+    p.max_extras = static_cast<i64>(params.estimated * static_cast<double>(max_clusters)) + 1;
   }
 
   void index(Context& c, const Dirty& dirty) override {
@@ -131,15 +159,10 @@ struct Cluster : Strategy {
     });
     c.topk(value, static_cast<i32>(count), slots, end, wanted, out.tokens, out.token_count, out.token_capacity);
     c.charge(4.0 * static_cast<double>(count) * static_cast<double>(slots), 0);
+    if (params.estimate) estimate(c, out, scores, ranked, end);
   }
 
   i64 max_clusters = 0;  // of a KV head, the one that is none included; fixed by plan()
-
-  /// Original positions below this one are the prompt's.
-  static i64 prompt_end(Context& c) {
-    const Queries q = c.current_queries();
-    return q.first_position + (c.call().step < 0 ? q.count : -c.call().step);
-  }
 
   /// Clusters the prompt's middle keys on the first call with keys, for good.
   void cluster(Context& c) const {
@@ -166,6 +189,7 @@ struct Cluster : Strategy {
       assign_nearest(c, keys);
       mean_of_members(c, keys, kv.k, keys.centroid);
     }
+    if (params.estimate) mean_of_members(c, keys, kv.v, c.state<float>("value"));
     c.for_each(kv.rows * clusters, [=] LACUNA_HD(i64 i) {
       const IndexRange tokens = cut.tokens_of(i / clusters, i % clusters);
       i32 members = 0;
@@ -241,6 +265,81 @@ struct Cluster : Strategy {
       if (i % clusters < found[i / clusters]) chosen[i / clusters * clusters + list[i]] = 1.f;
     });
     return chosen;
+  }
+
+  /// The centroids that stand for the best clusters of which something is not read.
+  void estimate(Context& c, const Selection& out, const float* scores, const float* ranked, const i32* end) const {
+    const Rows rows = out.rows;
+    const i64 clusters = max_clusters, count = rows.count(), room = out.extra_capacity, d = c.layer().head_dim;
+    const i32 kv_heads = c.layer().num_kv_heads;
+    const double estimated = params.estimated;
+    const i32* unread = tokens_not_read(c, out, ranked, end);
+    const i32* number = c.state<i32>("clusters");
+    const float *centroid = c.state<float>("centroid"), *mean_value = c.state<float>("value");
+    float* left = c.workspace<float>(count * clusters);
+    i32 *list = c.workspace<i32>(count * room), *all = c.workspace<i32>(count), *wanted = c.workspace<i32>(count);
+    c.for_each(count, [=] LACUNA_HD(i64 row) {
+      const double share = floor(estimated * number[rows.kv_row(row, kv_heads)] + 1e-9);
+      all[row] = static_cast<i32>(clusters);
+      wanted[row] = out.full[row] ? 0 : static_cast<i32>(share);
+    });
+    c.for_each(count * clusters, [=] LACUNA_HD(i64 i) { left[i] = unread[i] > 0 ? scores[i] : -INFINITY; });
+    c.topk(left, static_cast<i32>(count), clusters, all, wanted, list, out.extra_count, room);
+    c.for_each(count * room * d, [=] LACUNA_HD(i64 i) {
+      const i64 e = i % d, extra = i / d % room, row = i / d / room;
+      if (extra >= out.extra_count[row]) return;
+      const i64 of = list[row * room + extra], at = (rows.kv_row(row, kv_heads) * clusters + of) * d + e;
+      out.extra_k[i] = centroid[at];
+      out.extra_v[i] = mean_value[at];
+      if (e == 0)
+        out.extra_log_weight[i / d] = static_cast<float>(log(static_cast<double>(unread[row * clusters + of])));
+    });
+    c.charge(16.0 * static_cast<double>(count * room) * static_cast<double>(d), 0);
+  }
+
+  /// [rows, clusters]. A cluster is read wholly or not at all, but for those whose score is the lowest that was read.
+  const i32* tokens_not_read(Context& c, const Selection& out, const float* ranked, const i32* end) const {
+    const auto cluster_of = c.side<i32>("cluster");
+    const Paged kv = c.kv();
+    const Rows rows = out.rows;
+    const i64 clusters = max_clusters, count = rows.count();
+    const i32 kv_heads = c.layer().num_kv_heads, sinks = params.sinks;
+    const i32* size = c.state<i32>("size");
+    float *lows = c.workspace<float>(count * kParts), *low = c.workspace<float>(count);
+    c.for_each(count * kParts, [=] LACUNA_HD(i64 i) {
+      const i64 row = i / kParts, kv_row = rows.kv_row(row, kv_heads);
+      const i32* tokens = out.tokens + row * out.token_capacity;
+      float least = INFINITY;
+      for (i64 n = i % kParts; n < out.token_count[row]; n += kParts) {
+        const i32 of = cluster_of.at(kv_row, tokens[n]);
+        if (of != 0 && ranked[row * clusters + of] < least) least = ranked[row * clusters + of];
+      }
+      lows[i] = least;
+    });
+    c.for_each(count, [=] LACUNA_HD(i64 row) {
+      low[row] = INFINITY;
+      for (i64 p = row * kParts; p < (row + 1) * kParts; ++p) low[row] = lows[p] < low[row] ? lows[p] : low[row];
+    });
+    i32* unread = c.workspace<i32>(count * clusters);
+    const Segments cut{c.workspace<i32>(kv.rows), c.workspace<i32>(kv.rows), params.segment, params.per_cluster,
+                       clusters};
+    c.for_each(kv.rows, [=] LACUNA_HD(i64 kv_row) {
+      cut.begin[kv_row] = sinks;
+      cut.end[kv_row] = end[kv_row * (count / kv.rows)];
+    });
+    c.for_each(count * clusters, [=] LACUNA_HD(i64 i) {
+      const i64 row = i / clusters, of = i % clusters, kv_row = rows.kv_row(row, kv_heads);
+      const i32* tokens = out.tokens + row * out.token_capacity;
+      i32 members = 0;
+      if (ranked[i] == low[row]) {
+        const IndexRange among = cut.tokens_of(kv_row, of);
+        for (i64 n = first_not_below(tokens, out.token_count[row], among.begin);
+             n < out.token_count[row] && tokens[n] < among.end; ++n)
+          members += cluster_of.at(kv_row, tokens[n]) == of;
+      }
+      unread[i] = ranked[i] > low[row] ? 0 : size[kv_row * clusters + of] - members;
+    });
+    return unread;
   }
 };
 }  // namespace

@@ -12,6 +12,7 @@
 // The original's streaming heads read whole pages: 2 of sinks and 5 recent ones, the current one included.
 #include <lacuna/sdk.hpp>
 #include <lacuna/sdk/head_set.hpp>
+#include <lacuna/sdk/prompt.hpp>
 
 namespace {
 using namespace lacuna::sdk;
@@ -49,6 +50,8 @@ struct LServe : Strategy {
     i.phases = kDecode;
     i.dense_point = R"({"density": 1.0})";
     i.nested = 1;
+    i.cost =
+        "every reselect steps: 2 d_h S sub_pages / page_size H_kv elements read, 4 d_h S sub_pages / page_size H FLOPs";
     return i;
   }
 
@@ -130,8 +133,7 @@ struct LServe : Strategy {
   void score_pages(Context& c) const {
     const auto lo = c.side<float>("min"), hi = c.side<float>("max");
     const Paged kv = c.kv();
-    const Queries now = c.current_queries();
-    const i64 length = now.first_position + 1, prompt = now.first_position - c.call().step;
+    const i64 length = c.current_queries().first_position + 1, prompt = prompt_end(c);
     const i64 multiple = length - length % params.reselect, at = multiple > prompt ? multiple : prompt + 1;
     const Queries q = c.last_queries(length - at + 1);
     float* scores = c.state<float>("scores");

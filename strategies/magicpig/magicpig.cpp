@@ -7,6 +7,7 @@
 //     and its logit becomes  q . k * scale - log(w + 1e-4)
 //   sinks, the prompt's last `recent` tokens and every generated token are read exactly.
 #include <lacuna/sdk.hpp>
+#include <lacuna/sdk/prompt.hpp>
 #include <lacuna/sdk/simhash.hpp>
 
 namespace {
@@ -53,18 +54,18 @@ struct MagicPig : Strategy {
   }
 
   void index(Context& c, const Dirty& dirty) override {
-    const i64 prompt_end = end_of_prompt(c, c.current_queries());
+    const i64 prompt = prompt_end(c);
     const Paged kv = c.kv();
     const SimHashPlanes planes = planes_of(c);
     draw(c, planes, c.call().num_seqs);
-    fix_centre(c, prompt_end);
+    fix_centre(c, prompt);
     const auto codes = c.side<u16>("codes");
     const float* centre = c.state<float>("centre");
     const i32 kv_heads = c.layer().num_kv_heads;
     const i64 d = kv.head_dim, tables = params.tables, units = dirty.max_units;
     c.for_each(dirty.rows * units * tables, [=] LACUNA_HD(i64 i) {
       const i64 table = i % tables, row = i / tables / units, slot = dirty.begin[row] + i / tables % units;
-      if (slot >= dirty.end[row] || kv.position_of(row, slot) >= prompt_end) return;  // generated: never looked up
+      if (slot >= dirty.end[row] || kv.position_of(row, slot) >= prompt) return;  // generated: never looked up
       codes.at(row, slot, table) =
           planes.code(row / kv_heads, table, [=](i64 e) { return kv.key(row, slot, e) - centre[row * d + e]; });
     });
@@ -81,7 +82,7 @@ struct MagicPig : Strategy {
     const Selection out = s;
     const Rows rows = s.rows;
     const i32 kv_heads = c.layer().num_kv_heads, bits = params.bits, recent = params.recent, sinks = params.sinks;
-    const i64 d = q.head_dim, tables = params.tables, slots = kv.max_length, prompt_end = end_of_prompt(c, q);
+    const i64 d = q.head_dim, tables = params.tables, slots = kv.max_length, prompt = prompt_end(c);
     u16* wanted = c.workspace<u16>(rows.count() * tables);
     float* sampled = c.workspace<float>(rows.count() * slots);
     i32* end = c.workspace<i32>(rows.count());  // of the middle tokens
@@ -91,7 +92,7 @@ struct MagicPig : Strategy {
     });
     c.for_each(rows.count(), [=] LACUNA_HD(i64 row) {
       const i64 kv_row = rows.kv_row(row, kv_heads);
-      const i32 last = kv.visible(kv_row, prompt_end - 1) - recent;
+      const i32 last = kv.visible(kv_row, prompt - 1) - recent;
       end[row] = last > 0 ? last : 0;
       out.exact_sinks[row] = sinks;
       out.exact_window[row] = kv.length[kv_row] - end[row];
@@ -122,24 +123,19 @@ struct MagicPig : Strategy {
     c.charge(2.0 * compared / c.layer().group(), compared + 2.0 * rows.count() * tables * bits * d);
   }
 
-  /// Original positions below this one are the prompt's; the later ones were generated.
-  static i64 end_of_prompt(Context& c, const Queries& q) {
-    return q.first_position + (c.call().step < 0 ? q.count : -c.call().step);
-  }
-
   SimHashPlanes planes_of(Context& c) const {
     return {c.state<float>("planes"), params.tables, c.layer().head_dim, params.bits};
   }
 
   /// Fixes the centre on the first call with keys, for good.
-  void fix_centre(Context& c, i64 prompt_end) const {
+  void fix_centre(Context& c, i64 prompt) const {
     float* centre = c.state<float>("centre");
     i32* fixed = c.state<i32>("fixed");
     const Paged kv = c.kv();
     const i32 kv_heads = c.layer().num_kv_heads, recent = params.recent, sinks = params.sinks;
     const i64 d = kv.head_dim, seqs = kv.rows / kv_heads;
     c.for_each(kv.rows * d, [=] LACUNA_HD(i64 i) {
-      const i64 row = i / d, end = kv.visible(row, prompt_end - 1) - recent;
+      const i64 row = i / d, end = kv.visible(row, prompt - 1) - recent;
       if (fixed[row / kv_heads]) return;
       double sum = 0;
       for (i64 slot = sinks; slot < end; ++slot) sum += kv.key(row, slot, i % d);

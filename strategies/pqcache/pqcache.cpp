@@ -15,6 +15,7 @@
 #include <lacuna/sdk.hpp>
 #include <lacuna/sdk/gqa.hpp>
 #include <lacuna/sdk/kmeans.hpp>
+#include <lacuna/sdk/prompt.hpp>
 #include <lacuna/sdk/softmax.hpp>
 
 namespace {
@@ -57,6 +58,10 @@ struct PqCache : Strategy {
     i.phases = kDecode;
     i.defaults = R"({"gqa": "sum"})";
     i.dense_point = R"({"density": 1.0})";
+    i.cost =
+        "subvectors S H_kv bytes read, (subvectors S + 2 d_h 2^bits) H FLOPs; once, iterations times 3 d_h 2^bits S "
+        "H_kv "
+        "FLOPs";
     return i;
   }
 
@@ -133,14 +138,13 @@ struct PqCache : Strategy {
   /// Fixes the centroids on the first call with keys, for good.
   void cluster(Context& c, const OneCut& cut) const {
     const Paged kv = c.kv();
-    const Queries q = c.current_queries();
-    const i64 prompt_end = q.first_position + (c.call().step < 0 ? q.count : -c.call().step);
+    const i64 prompt = prompt_end(c);
     const i32 kv_heads = c.layer().num_kv_heads, sinks = params.sinks;
     i32* fixed = c.state<i32>("fixed");
     c.for_each(kv.rows, [=] LACUNA_HD(i64 row) {
       if (fixed[row / kv_heads]) return;  // nothing is clustered
       cut.begin[row] = sinks;
-      cut.end[row] = kv.visible(row, prompt_end - 1);
+      cut.end[row] = kv.visible(row, prompt - 1);
     });
     const auto keys = clusters(c, cut);
     start_evenly(c, keys);

@@ -10,6 +10,7 @@
 // Exact keys of the selected chunks: the original rebuilds them from a low-rank factor of the keys before RoPE. Its
 // local and outlier chunks lie on top of its budget, here inside; a budget too small for them is spent on them alone.
 #include <lacuna/sdk.hpp>
+#include <lacuna/sdk/prompt.hpp>
 #include <lacuna/sdk/softmax.hpp>
 
 namespace {
@@ -40,6 +41,7 @@ struct ShadowKv : Strategy {
     i.defaults = R"({"gqa": "max"})";
     i.dense_point = R"({"density": 1.0})";
     i.nested = 1;
+    i.cost = "d_h S / chunk H_kv elements read, 2 d_h S / chunk H FLOPs";
     return i;
   }
 
@@ -121,12 +123,6 @@ struct ShadowKv : Strategy {
   }
 
   i64 max_chunks = 0;  // of a KV head, fixed by plan()
-
-  /// Original positions below this one are the prompt's.
-  static i64 prompt_end(Context& c) {
-    const Queries q = c.current_queries();
-    return q.first_position + (c.call().step < 0 ? q.count : -c.call().step);
-  }
 
   /// Marks the outliers among the prompt's ranked chunks.
   void find_outliers(Context& c) const {

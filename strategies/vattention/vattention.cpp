@@ -67,6 +67,7 @@ struct VAttention : Strategy {
     i.dense_point = R"({"top_fraction": 1.0})";
     i.stochastic = 1;
     i.takes_budget = 0;
+    i.cost = "d_h S H_kv elements read, 2 d_h S H FLOPs";
     return i;
   }
 

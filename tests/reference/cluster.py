@@ -29,11 +29,22 @@ def clustered(layer, kv_head, segment, per_cluster, sinks, recent, iterations):
 
 
 def cluster(
-    budget=None, segment=8192, per_cluster=16, exact=0.018, top_p=0, sinks=4, recent=64, iterations=10, gqa="sum"
+    budget=None,
+    segment=8192,
+    per_cluster=16,
+    exact=0.018,
+    top_p=0,
+    sinks=4,
+    recent=64,
+    iterations=10,
+    gqa="sum",
+    estimated=0.232,
 ):
     reducers = {"sum": np.sum, "mean": np.mean, "max": np.max}
 
     def check(layer, dump, report):
+        end = layer.prompt - recent
+
         @lru_cache(maxsize=1)
         def group_mass(step, kv_head):
             labels, centroids = clustered(layer, kv_head, segment, per_cluster, sinks, recent, iterations)
@@ -42,6 +53,28 @@ def cluster(
             logits[:, np.bincount(labels, minlength=len(centroids)) == 0] = -np.inf
             mass = np.exp(logits - logits.max(axis=1, keepdims=True))
             return mass / mass.sum(axis=1, keepdims=True)
+
+        def row_mass(step, head):
+            mass = group_mass(step, layer.kv_of(head))
+            return mass[head % layer.group] if gqa == "none" else reducers[gqa](mass, axis=0)
+
+        @lru_cache(maxsize=8)
+        def mean_values(kv_head):
+            labels, centroids = clustered(layer, kv_head, segment, per_cluster, sinks, recent, iterations)
+            return means(layer.v[kv_head, sinks:end], labels, np.zeros_like(centroids))
+
+        def extras(step, head, found):
+            """Of the clusters that are not read wholly, the best."""
+            if len(found) == layer.prompt + step + 1:
+                return None
+            kv_head = layer.kv_of(head)
+            labels, centroids = clustered(layer, kv_head, segment, per_cluster, sinks, recent, iterations)
+            inside = found[(found >= sinks) & (found < end)] - sinks
+            sizes = np.bincount(labels, minlength=len(centroids))
+            unread = sizes - np.bincount(labels[inside], minlength=len(centroids))
+            count = int(np.floor(estimated * len(centroids) + 1e-9))
+            best = top(np.where(unread > 0, row_mass(step, head), -np.inf), count)
+            return centroids[best], mean_values(kv_head)[best], np.log(unread[best])
 
         def judge(step, head, found):
             cached = layer.prompt + step + 1
@@ -52,9 +85,7 @@ def cluster(
                 return
             kv_head = layer.kv_of(head)
             labels, centroids = clustered(layer, kv_head, segment, per_cluster, sinks, recent, iterations)
-            mass = group_mass(step, kv_head)
-            mass = mass[head % layer.group] if gqa == "none" else reducers[gqa](mass, axis=0)
-            end = layer.prompt - recent
+            mass = row_mass(step, head)
             scores = np.full(cached, np.inf)
             scores[sinks:end] = mass[labels]
             forced = np.r_[0:sinks, end:cached]
@@ -70,7 +101,7 @@ def cluster(
                 chosen = sinks + np.flatnonzero(np.isin(labels, order[:count]))
             same_choice(report, where, found, np.union1d(chosen, forced), scores)
 
-        check_decode(report, layer, dump, judge)
+        check_decode(report, layer, dump, judge, extras if estimated else None)
 
     return check
 
@@ -88,9 +119,12 @@ def cases():
     small = ["segment=300", "per_cluster=7", "sinks=9", "recent=20", "iterations=3"]
     return [
         case("default", [], cluster(), extra=True),
-        case("small", [*small, "exact=0.2"], cluster(None, 300, 7, 0.2, 0, 9, 20, 3)),
+        case("exact", ["estimate=false"], cluster(estimated=0), layers="one"),
+        case("all-estimated", ["estimated=1"], cluster(estimated=1), layers="one"),
+        case("small", [*small, "exact=0.2", "estimated=0.5"], cluster(None, 300, 7, 0.2, 0, 9, 20, 3, estimated=0.5)),
         case("top_p", ["top_p=0.6"], cluster(top_p=0.6), extra=True),
         case("budget", [], cluster(fifth), fifth, extra=True),
+        case("exact-budget", ["estimate=false"], cluster(fifth, estimated=0), fifth, layers="one"),
         case("small-budget", small, cluster(fifth, 300, 7, 0.018, 0, 9, 20, 3), fifth, layers="one"),
         case("least", [], cluster(few), few, layers="one"),
         case("dense", [], cluster(dense), dense, layers="one"),

@@ -198,8 +198,9 @@ class Outputs:
         )
         self.worst = {"out": 0.0, "lse": 0.0, "mass_kept": 0.0}
 
-    def check(self, head, begin, end, mask, log_weight=None):
-        """Queries at positions [begin, end); mask [n, end]: the cells that each reads."""
+    def check(self, head, begin, end, mask, log_weight=None, extras=None):
+        """Queries at positions [begin, end); mask [n, end]: the cells that each reads. extras: keys, values and log
+        weights of tokens that are attended to besides."""
         if not self.good:
             return
         p, dense_lse = self.layer.rows(head, begin, end)
@@ -208,6 +209,14 @@ class Outputs:
         mass = read.sum(axis=1)
         weighted = read if log_weight is None else read * np.exp(log_weight)
         total = weighted.sum(axis=1)
+        h = self.layer.kv_of(head)
+        v, v_norms = self.layer.v[h, :end], self.layer.v_norms[h, :end]
+        if extras is not None:
+            keys, values, log_weights = extras
+            logits = self.layer.q[head, begin:end] @ keys.T * self.layer.scale
+            weighted = np.hstack([weighted, np.exp(logits + log_weights - dense_lse[:, None])])
+            total = weighted.sum(axis=1)
+            v, v_norms = np.vstack([v, values]), np.append(v_norms, np.linalg.norm(values, axis=1))
         some = total > 0
         self.report.outputs += len(mass)
         self._bound("mass_kept", head, begin, np.abs(self.mass[head, at] - mass), 1e-4 * mass + 1e-6)
@@ -216,10 +225,8 @@ class Outputs:
         )
         with np.errstate(divide="ignore", invalid="ignore"):
             lse = dense_lse + np.log(total)
-            h = self.layer.kv_of(head)
-            v = self.layer.v[h, :end]
             out = weighted @ v / total[:, None]
-            size = weighted @ self.layer.v_norms[h, :end] / total
+            size = weighted @ v_norms / total
             self._bound(
                 "lse", head, begin, np.abs(self.lse[head, at] - lse)[some], LSE_BOUND * np.maximum(1, np.abs(lse[some]))
             )
@@ -315,8 +322,9 @@ class Prefill:
                 outputs.check(head, begin, end, mask)
 
 
-def check_decode(report, layer, dump, judge, weights=None):
-    """judge(step, head, found): of every row; then the outputs against the tokens that the dump names."""
+def check_decode(report, layer, dump, judge, extras=None):
+    """judge(step, head, found): of every row; then the outputs against the tokens that the dump names, and against
+    extras(step, head, found), keys, values and log weights of what is attended to besides."""
     steps = layer.length - layer.prompt
     rows = steps * layer.heads
     if not check_ragged(report, dump, "tokens", rows, layer.length):
@@ -338,7 +346,8 @@ def check_decode(report, layer, dump, judge, weights=None):
             if log_weights is not None:
                 log_weight = np.zeros((1, at + 1))
                 log_weight[0, found] = log_weights[step * layer.heads + head]
-            outputs.check(head, at, at + 1, mask, log_weight)
+            beside = extras(step, head, found) if extras else None
+            outputs.check(head, at, at + 1, mask, log_weight, beside)
 
 
 def check_eviction(report, layer, dump, cut, judge, reads=None):
