@@ -4,8 +4,8 @@ import numpy as np
 
 from budgets import Budget, cached_target
 from eviction import TENTH, THIRD, case
-from magicpig import philox_normal, splitmix
 from non_causal import chunk_attention, standardise
+from philox import layer_key, philox_normal
 from rope import unrotated
 
 
@@ -17,7 +17,7 @@ def leverage(layer, begin, end, sketch=0, seed=0):
         x = x - x.mean(axis=0)
         if sketch:
             at = np.arange(layer.dim * sketch).reshape(layer.dim, sketch)
-            x = x @ philox_normal(splitmix(seed * 1000003 + layer.index), 0, np.array(h), at) / np.sqrt(sketch)
+            x = x @ philox_normal(layer_key(seed, layer.index), 0, np.array(h), at) / np.sqrt(sketch)
         gram = x.T @ x + 0.01 * np.eye(x.shape[1])
         out.append(np.einsum("nd,nd->n", x, np.linalg.solve(gram, x.T).T)[None])
     return out
