@@ -261,7 +261,7 @@ Eviction decide_eviction(StrategyRuntime* strategy, StrategyRuntime* allocator, 
       const i64 wanted = target.tokens[r];
       const Rule rule = static_cast<Rule>(target.rule[r]);
       std::vector<i32> kept;
-      if (rule == Rule::full || (rule == Rule::ranked && (!out.limited || wanted >= cached_here)))
+      if (rule == Rule::full || (rule == Rule::ranked && (!target.limited || wanted >= cached_here)))
         kept = everything(cached_here);
       else if (rule == Rule::window)
         kept = ends(cached_here, target.window_sinks[r], target.window_recent[r]);

@@ -245,7 +245,7 @@ Eviction LayerPipeline::evict_at_cut() {
 }
 
 void LayerPipeline::carry_out(const CallSpan& span, Eviction& e) {
-  if (evict_ && evict_->rewrites())
+  if ((evict_ && evict_->rewrites()) || (allocate_ && allocate_->rewrites()))
     rewrite_kept(span, e);
   else
     cache_.retain(e.kept);
@@ -277,7 +277,12 @@ void LayerPipeline::rewrite_kept(const CallSpan& span, Eviction& e) {
   for (float* to : {rewrite.k, rewrite.v})
     scratch.device().fill(to, setup_.check ? kNanByte : 0, static_cast<std::size_t>(rows * slots * d) * sizeof(float));
   unpack_cache(scratch.device(), kv, rewrite);
-  evict_->rewrite(cache_, span, rewrite);
+  StrategyRuntime* writer = nullptr;
+  for (StrategyRuntime* s : {evict_.get(), allocate_.get()})
+    if (s && s->rewrites()) {
+      s->rewrite(cache_, span, rewrite);
+      writer = s;
+    }
 
   u8* bad = scratch.take<u8>(rows * slots);
   settle_rewrite(scratch.device(), rewrite, bad);
@@ -290,7 +295,7 @@ void LayerPipeline::rewrite_kept(const CallSpan& span, Eviction& e) {
     host.kept = kept.data();
     host.channels_dropped_until = until.data();
     host.drop_channel = drop.data();
-    check_rewrite(evict_->culprit("rewrite"), host, not_finite.data(), length.data());
+    check_rewrite(writer->culprit("rewrite"), host, not_finite.data(), length.data());
   }
   cache_.retain(e.kept);
   cache_.overwrite(rewrite.k, rewrite.v, rewrite.kept, slots);

@@ -281,15 +281,20 @@ class Chooser {
     Scores scores = scored(begin, count, out);
     Budget budget = targets(ranked);
     if (allocator_) allocate(scores, budget, out);
+    RankRule rule = rule_;
+    if (budget.limited && !rule.target.limited()) {  // the allocator's own targets
+      rule.target.kind = BudgetSpec::Kind::tokens;
+      rule.top_p = -1;
+    }
 
     const i64 m = ranked.count();
     i32* ints = scratch_.take<i32>(4 * m);
-    const bool by_mass = rule_.top_p >= 0;
+    const bool by_mass = rule.top_p >= 0;
     const RankCounts counts{ints, ints + m, ints + 2 * m, by_mass ? scratch_.take<double>(m) : nullptr};
     i32* taken = ints + 3 * m;
     double* partial = by_mass ? scratch_.take<double>(m * mass_partials(n)) : nullptr;
-    count_rows(device_, kv_.length, rule_, budget, scores.value, n, partial, counts);
-    mask_settled(device_, kv_.length, rule_, ranked, scores.value, n);
+    count_rows(device_, kv_.length, rule, budget, scores.value, n, partial, counts);
+    mask_settled(device_, kv_.length, rule, ranked, scores.value, n);
     i32* const lists = (unit > 1 ? chosen.pieces : chosen.tokens) + plan().first_units;
     strategy_.with_ops(cache_, span_, [&](CoreOps& ops) {
       if (by_mass)
@@ -298,7 +303,7 @@ class Chooser {
       if (ops.topk(scores.value, static_cast<i32>(m), n, counts.units, counts.wanted, lists, taken, room, &error) != 0)
         refuse("could not be ranked", "", error.text);
     });
-    write_rows(device_, kv_.length, rule_, budget, taken, chosen);
+    write_rows(device_, kv_.length, rule, budget, taken, chosen);
     account(out, budget, unit);
     if (options_.account)
       for (const i32 floor : scratch_.read(counts.floor, m)) out.budget.floor |= floor != 0;

@@ -10,7 +10,7 @@ struct ForcedUnits {
   i64 unit, sinks, recent;  // tokens
 
   LACUNA_HD bool hold(i64 u, i64 length, float value) const {
-    return value == INFINITY || u * unit < sinks || (u + 1) * unit > length - recent;
+    return value == INFINITY || u * unit < sinks || (recent > 0 && (u + 1) * unit > length - recent);
   }
 };
 
