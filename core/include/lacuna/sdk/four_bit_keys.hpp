@@ -6,6 +6,33 @@
 
 namespace lacuna::sdk {
 
+/// Codes of n numbers x(e), of `levels` + 1 <= 16 values: two a byte, the even one low. range: min and scale.
+template <class X>
+LACUNA_HD void encode_four_bits(u8* codes, float* range, i64 n, i32 levels, X x) {
+  float lo = x(0), hi = lo;
+  for (i64 e = 1; e < n; ++e) {
+    const float v = x(e);
+    lo = v < lo ? v : lo;
+    hi = v > hi ? v : hi;
+  }
+  const float most = static_cast<float>(levels), scale = (hi - lo > 1e-9f ? hi - lo : 1e-9f) / most;
+  range[0] = lo;
+  range[1] = scale;
+  for (i64 e = 0; e < n; ++e) {
+    const u32 code = static_cast<u32>(fminf(most, rintf((x(e) - lo) / scale)));
+    codes[e / 2] = static_cast<u8>(e % 2 == 0 ? code : codes[e / 2] | code << 4);
+  }
+}
+
+/// Sum of y(e) times what the codes stand for.
+template <class Y>
+LACUNA_HD float dot_four_bits(const u8* codes, const float* range, i64 n, Y y) {
+  const float lo = range[0], scale = range[1];
+  float sum = 0.f;
+  for (i64 e = 0; e < n; ++e) sum += y(e) * (lo + scale * static_cast<float>(codes[e / 2] >> (e % 2 * 4) & 15u));
+  return sum;
+}
+
 /// Both sides, ready for a lambda.
 struct FourBitKeys {
   SideView<u8> codes;     // two channels a byte, the even one low
@@ -21,33 +48,14 @@ struct FourBitKeys {
   static double bytes(i64 head_dim) { return static_cast<double>(head_dim / 2) + 8.0; }  // of a token
 
   LACUNA_HD void encode(const Paged& kv, i64 row, i64 slot) const {
-    const i64 d = kv.head_dim;
-    float lo = kv.key(row, slot, 0), hi = lo;
-    for (i64 e = 1; e < d; ++e) {
-      const float k = kv.key(row, slot, e);
-      lo = k < lo ? k : lo;
-      hi = k > hi ? k : hi;
-    }
-    const float scale = (hi - lo > 1e-9f ? hi - lo : 1e-9f) / 15.f;
-    range.at(row, slot, 0) = lo;
-    range.at(row, slot, 1) = scale;
-    for (i64 e = 0; e < d; ++e) {
-      const u32 code = static_cast<u32>(fminf(15.f, rintf((kv.key(row, slot, e) - lo) / scale)));
-      u8& pair = codes.at(row, slot, e / 2);
-      pair = static_cast<u8>(e % 2 == 0 ? code : pair | code << 4);
-    }
+    encode_four_bits(&codes.at(row, slot), &range.at(row, slot), kv.head_dim, 15,
+                     [=](i64 e) { return kv.key(row, slot, e); });
   }
 
   /// Sum of x(e) * k~_e.
   template <class F>
   LACUNA_HD float dot(i64 row, i64 slot, i64 d, F x) const {
-    const float lo = range.at(row, slot, 0), scale = range.at(row, slot, 1);
-    float sum = 0.f;
-    for (i64 e = 0; e < d; ++e) {
-      const u32 code = codes.at(row, slot, e / 2) >> (e % 2 * 4) & 15u;
-      sum += x(e) * (lo + scale * static_cast<float>(code));
-    }
-    return sum;
+    return dot_four_bits(&codes.at(row, slot), &range.at(row, slot), d, x);
   }
 };
 
