@@ -108,6 +108,74 @@ TEST_CASE("a fork shares pages until one side writes, and outlives its parent") 
   CHECK(differences(child.cache, child.model, true) == 0);
 }
 
+TEST_CASE("new content goes to pages of the sequence's own, rounded as the sdk rounds, and makes sides dirty") {
+  for (const Dtype dtype : {Dtype::f32, Dtype::bf16}) {
+    const auto pool = make_pool(64, 16, dtype);
+    Filled parent = filled(pool, 2, 40, 4096, dtype);
+    Filled child{parent.cache.fork(), parent.model};
+    child.cache.add_side({"sums", sdk::SidePer::token, 0, Dtype::f32, 1, 1});
+    child.cache.take_dirty(1);
+    const std::vector<std::vector<i32>> kept = {{0, 3, 17, 39}, iota(0, 40)};
+    child.cache.retain(kept);
+    retain(child.model, kept);
+
+    constexpr i64 kSlots = 40;
+    std::vector<float> k(2 * kSlots * kHeadDim), v(k.size());
+    for (std::size_t i = 0; i < k.size(); ++i) {
+      k[i] = std::sin(static_cast<float>(i));
+      v[i] = std::cos(static_cast<float>(i));
+    }
+    std::vector<i32> from(2 * kSlots, 0);
+    for (std::size_t h = 0; h < 2; ++h) {
+      std::copy(kept[h].begin(), kept[h].end(), from.begin() + static_cast<std::ptrdiff_t>(h * kSlots));
+      for (std::size_t i = 0; i < kept[h].size(); ++i) {
+        const std::size_t at = (h * kSlots + static_cast<std::size_t>(kept[h][i])) * kHeadDim;
+        for (std::size_t c = 0; c < kHeadDim; ++c) {
+          child.model[h][i].k[c] = rounded(k[at + c], dtype);
+          child.model[h][i].v[c] = rounded(v[at + c], dtype);
+        }
+      }
+    }
+    const Buffer<float> new_k = upload(k), new_v = upload(v);
+    const Buffer<i32> rows = upload(from);
+    child.cache.overwrite(new_k.data(), new_v.data(), rows.data(), kSlots);
+    CHECK(differences(child.cache, child.model, true) == 0);
+    CHECK(differences(parent.cache, parent.model, true) == 0);
+    CHECK(child.cache.take_dirty(1).max_units == 40);
+    CHECK_THROWS_AS(child.cache.overwrite(new_k.data(), new_v.data(), rows.data(), 39), Error);
+  }
+}
+
+TEST_CASE("new content needs pages for shared ones, and nothing changes where there are none") {
+  const auto pool = make_pool(4);
+  Filled parent = filled(pool, 1, 40);
+  Filled child{parent.cache.fork(), parent.model};
+  const Buffer<float> content = upload(std::vector<float>(40 * kHeadDim, 1.f));
+  const Buffer<i32> rows = upload(iota(0, 40));
+  CHECK_THROWS_WITH_AS(child.cache.overwrite(content.data(), content.data(), rows.data(), 40),
+                       doctest::Contains("pool is full"), Error);
+  CHECK(differences(child.cache, child.model, true) == 0);
+  CHECK(pool->pages_in_use() == 3);
+}
+
+TEST_CASE("dropped key channels are not counted, wherever their tokens go") {
+  const auto pool = make_pool(64, 16, Dtype::bf16);
+  Filled f = filled(pool, 2, 40, 4096, Dtype::bf16);
+  const i64 pages = f.cache.kv_bytes(), tokens = f.cache.token_bytes();
+  f.cache.drop_key_channels({30, 0}, {3, 5});
+  CHECK(f.cache.token_bytes() == tokens - 30 * 3 * 2);
+  CHECK(f.cache.kv_bytes() == pages - 30 * 3 * 2);
+  f.cache.drop_key_channels({10, 0}, {2, 0});  // fewer than are dropped already
+  CHECK(f.cache.token_bytes() == tokens - 30 * 3 * 2);
+
+  const Batch more(2, kHeadDim, 1, 40, 9);
+  more.append_to(f.cache, kHeadDim);
+  const KvCache fork = f.cache.fork();
+  f.cache.retain({{0, 5, 29, 30, 40}, iota(0, 41)});
+  CHECK(f.cache.token_bytes() == 2 * (5 + 41) * kHeadDim * 2 - 3 * 3 * 2);
+  CHECK(fork.token_bytes() == tokens + 2 * 2 * kHeadDim * 2 - 30 * 3 * 2);
+}
+
 TEST_CASE("retain keeps the pages before the first dropped slot, shared or not") {
   const auto pool = make_pool(64);
   Filled parent = filled(pool, 1, 64);

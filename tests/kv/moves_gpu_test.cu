@@ -43,6 +43,7 @@ class Run {
     append(shape.tokens / 2 + 1, shape.tokens, rng);
     cache.compact_positions(Rope(RopeConfig{}, shape.head_dim));
     cache.retain(some_slots(cache, shape.heads, rng));
+    overwrite(rng);
   }
 
   std::vector<std::byte> side(const char* name) {
@@ -56,6 +57,19 @@ class Run {
   std::shared_ptr<PagePool> make_pool() const {
     const i64 pages = 5 * shape_.heads * (shape_.tokens / shape_.page_size + 2);
     return std::make_shared<PagePool>(device_, shape_.page_size, shape_.head_dim, shape_.stored, pages, true);
+  }
+  /// Everything anew, rows in reversed order.
+  void overwrite(std::mt19937& rng) {
+    const i64 slots = cache.view().max_length, rows = shape_.heads * slots;
+    std::normal_distribution<float> normal;
+    std::vector<float> k(static_cast<std::size_t>(rows * shape_.head_dim)), v(k.size());
+    for (float& x : k) x = normal(rng);
+    for (float& x : v) x = normal(rng);
+    std::vector<i32> from;
+    for (i64 i = 0; i < rows; ++i) from.push_back(static_cast<i32>(slots - 1 - i % slots));
+    const Buffer<float> new_k = upload(k, device_), new_v = upload(v, device_);
+    const Buffer<i32> order = upload(from, device_);
+    cache.overwrite(new_k.data(), new_v.data(), order.data(), slots);
   }
   void append(i64 n, i64 first, std::mt19937& rng) {
     const i64 stride = (n + 1) * shape_.head_dim;

@@ -3,6 +3,7 @@
 
 #include <algorithm>
 #include <cmath>
+#include <limits>
 #include <numeric>
 
 #include "lacuna/pipeline/budget.hpp"
@@ -81,6 +82,65 @@ struct Watcher : sdk::Strategy {
     seen.assign(s->value, s->value + s->rows.count() * s->stride);
   }
 };
+
+/// Ranks as its base does, and keeps what it was given.
+struct Relay : sdk::Strategy {
+  static inline std::vector<float> seen;
+  static inline std::vector<i32> part;  // of each head; empty: everything
+
+  static sdk::Info info() {
+    sdk::Info i{};
+    i.name = "relay";
+    i.summary = i.paper = i.rule = "-";
+    i.phases = sdk::kEvict;
+    i.wrapper = 1;
+    return i;
+  }
+  void plan(sdk::Context&, sdk::Plan& p) override { p.per_query_head = 0; }
+  void score(sdk::Context& c, sdk::Scores& s) override {
+    if (part.empty()) {
+      c.base_scores(s);
+    } else {
+      const i64 n = static_cast<i64>(part.size());
+      std::vector<i32> slots, count(static_cast<std::size_t>(s.rows.count()), static_cast<i32>(n));
+      for (i64 r = 0; r < s.rows.count(); ++r) slots.insert(slots.end(), part.begin(), part.end());
+      c.base_scores_of({count.data(), slots.data(), n, part.back() + 1}, s);
+    }
+    seen.assign(s.value, s.value + s.rows.count() * s.stride);
+  }
+};
+
+/// Doubles the values of what is kept and drops key channels 1 and 2 of all but the last five tokens.
+struct Doubler : sdk::Strategy {
+  static inline float factor = 2;
+
+  static sdk::Info info() {
+    sdk::Info i{};
+    i.name = "doubler";
+    i.summary = i.paper = i.rule = "-";
+    i.phases = sdk::kEvict;
+    return i;
+  }
+  void plan(sdk::Context&, sdk::Plan& p) override { p.per_query_head = 0; }
+  void score(sdk::Context&, sdk::Scores& s) override {
+    for (i64 r = 0; r < s.rows.count(); ++r)
+      for (i64 u = 0; u < s.units; ++u) s.value[r * s.stride + u] = scripted_score(r, 0, u);
+  }
+  void rewrite(sdk::Context&, const sdk::Rewrite& w) override {
+    for (i64 r = 0; r < w.rows; ++r) {
+      for (i64 i = 0; i < w.kept_count[r]; ++i)
+        for (i64 c = 0; c < w.head_dim; ++c) w.v[(r * w.slots + w.kept[r * w.slots + i]) * w.head_dim + c] *= factor;
+      w.channels_dropped_until[r] = static_cast<i32>(w.slots) - 5;
+      w.drop_channel[r * w.head_dim + 1] = w.drop_channel[r * w.head_dim + 2] = 1;
+    }
+  }
+};
+
+/// As `resolved`, over a base.
+Resolved over(Resolved wrapper, Resolved base) {
+  wrapper.base = std::make_shared<Resolved>(std::move(base));
+  return wrapper;
+}
 
 }  // namespace
 
@@ -267,4 +327,103 @@ TEST_CASE("evicting 90 % frees its pages and its steps' bytes, at either cut, to
     bed.layer.release_parents();
     CHECK(bed.layer.pool().pages_in_use() == pipeline.cache().pages());
   }
+}
+
+TEST_CASE("a wrapper gets its base's scores as they would be ranked: of groups, forced tokens first") {
+  Bed bed(generated(6, 2, 64, 211, 1));
+  script = {1, 1};
+  Relay::part.clear();
+  const Json settings = {{"gqa", "mean"}, {"sinks", 2}, {"recent", 3}};
+  const Resolved relay =
+      over(resolved(type_of<Relay>(), density(0.3), {{"gqa", "mean"}}), resolved(type_of<Scripted>(), {}, settings));
+  const Resolved alone = resolved(type_of<Scripted>(), density(0.3), settings);
+  const Eviction e = bed.pipeline({nullptr, &relay, nullptr}, 211).evict_at_cut();
+  CHECK(e.kept == bed.pipeline({nullptr, &alone, nullptr}, 211).evict_at_cut().kept);
+  for (i64 h = 0; h < 2; ++h)
+    for (i64 j = 0; j < 211; ++j) {
+      const float found = Relay::seen[static_cast<std::size_t>(h * 211 + j)];
+      float mean = 0;
+      for (i64 g = 0; g < 3; ++g) mean += scripted_score(h * 3 + g, 0, j) / 3;
+      if (j < 2 || j >= 208)
+        CHECK(std::isinf(found));
+      else
+        CHECK(found == doctest::Approx(mean));
+    }
+  const Resolved each = over(resolved(type_of<Relay>(), density(0.3), {{"gqa", "mean"}}),
+                             resolved(type_of<Scripted>(), {}, {{"gqa", "union"}}));
+  CHECK_THROWS_WITH_AS(bed.pipeline({nullptr, &each, nullptr}, 211).evict_at_cut(), doctest::Contains("gqa = union"),
+                       Error);
+}
+
+TEST_CASE("a base that chooses explicitly scores what it keeps") {
+  Bed bed(generated(4, 2, 64, 120, 1));
+  Relay::part.clear();
+  const Resolved base = built_in({{"name", "streaming_llm"}}, RoleKind::evict);
+  const Resolved relay = over(resolved(type_of<Relay>(), density(0.25), {{"gqa", "mean"}}), base);
+  const Eviction e = bed.pipeline({nullptr, &relay, nullptr}, 120).evict_at_cut();
+  std::vector<i32> expected;
+  for (i32 j = 0; j < 120; ++j)
+    if (j < 4 || j >= 94) expected.push_back(j);
+  for (const auto& kept : e.kept) CHECK(kept == expected);
+}
+
+TEST_CASE("scores of a subset are those of a cache that holds nothing else") {
+  Bed bed(generated(4, 2, 64, 90, 1));
+  script = {1, 1};
+  Relay::part = {1, 2, 40, 41, 77};
+  const Resolved relay = over(resolved(type_of<Relay>(), {BudgetSpec::Kind::tokens, 3, false}, {{"gqa", "mean"}}),
+                              resolved(type_of<Scripted>(), {}, {{"gqa", "mean"}, {"recent", 1}}));
+  LayerPipeline pipeline = bed.pipeline({nullptr, &relay, nullptr}, 90);
+  const Eviction e = pipeline.evict_at_cut();
+  for (i64 h = 0; h < 2; ++h) {
+    CHECK(e.kept[static_cast<std::size_t>(h)].size() == 3);
+    for (i32 j = 0; j < 90; ++j) {
+      const float found = Relay::seen[static_cast<std::size_t>(h * 90 + j)];
+      const auto at = std::find(Relay::part.begin(), Relay::part.end(), j);
+      const i64 slot = at - Relay::part.begin();
+      if (at == Relay::part.end())
+        CHECK(found == -std::numeric_limits<float>::infinity());
+      else if (slot == 4)
+        CHECK(found == std::numeric_limits<float>::infinity());
+      else
+        CHECK(found == doctest::Approx((scripted_score(h * 2, 0, slot) + scripted_score(h * 2 + 1, 0, slot)) / 2));
+    }
+  }
+  Relay::part.clear();
+}
+
+TEST_CASE("what a strategy rewrites is cached, and channels that it drops are not counted") {
+  Bed bed(generated(4, 2, 64, 100, 2));
+  Doubler::factor = 2;
+  const Resolved doubler = resolved(type_of<Doubler>(), density(0.3), {{"gqa", "mean"}});
+  LayerPipeline pipeline = bed.pipeline({nullptr, &doubler, nullptr}, 100);
+  const Eviction e = pipeline.evict_at_cut();
+  const LayerTensors& t = bed.layer.tensors();
+  const auto *k = static_cast<const float*>(t.k.data), *v = static_cast<const float*>(t.v.data);
+  const sdk::Paged kv = pipeline.cache().view();
+  double dropped = 0;
+  for (i32 h = 0; h < 2; ++h) {
+    const auto& kept = e.kept[static_cast<std::size_t>(h)];
+    REQUIRE(pipeline.cache().positions(h) == kept);
+    i64 wrong = 0;
+    for (i64 i = 0; i < static_cast<i64>(kept.size()); ++i) {
+      const i64 slot = kept[static_cast<std::size_t>(i)];
+      dropped += slot < 95 ? 1. / 64 : 0;
+      for (i64 c = 0; c < 64; ++c) {
+        const bool gone = slot < 95 && (c == 1 || c == 2);
+        wrong += kv.key(h, i, c) != (gone ? 0.f : k[(h * 102 + slot) * 64 + c]);
+        wrong += kv.value(h, i, c) != 2 * v[(h * 102 + slot) * 64 + c];
+      }
+    }
+    CHECK(wrong == 0);
+  }
+  CHECK(e.dropped_tokens == doctest::Approx(dropped));
+  CHECK(static_cast<double>(pipeline.cache().token_bytes()) ==
+        doctest::Approx((e.kept_tokens - e.dropped_tokens) * 2 * 64 * 4));
+  const KvCache parent = bed.layer.fork(100);
+  CHECK(parent.view().value(0, 0, 0) == v[0]);
+
+  Doubler::factor = std::numeric_limits<float>::infinity();
+  CHECK_THROWS_WITH_AS(bed.pipeline({nullptr, &doubler, nullptr}, 100).evict_at_cut(),
+                       doctest::Contains("role rewrite"), Error);
 }

@@ -62,6 +62,7 @@ void score_retained(StrategyRuntime& strategy, KvCache& cache, Scratch& scratch,
   const std::vector<i64> tokens(static_cast<std::size_t>(out.rows.count()), std::max<i64>(out.budget_tokens, 0));
   Budget budget = make_budget(scratch, out.rows);
   budget.limited = out.budget_tokens >= 0;
+  budget.mean_tokens = out.budget_tokens;
   budget.sinks = strategy.plan().sinks;
   budget.recent = strategy.plan().recent;
   for (i64* to : {budget.tokens, budget.pairs})
@@ -226,6 +227,7 @@ Eviction decide_eviction(StrategyRuntime* strategy, StrategyRuntime* allocator, 
                          : std::min<i64>(out.target_tokens, length[static_cast<std::size_t>(rows.kv_row(r, heads))]));
   Budget budget = make_budget(scratch, rows);
   budget.limited = out.limited;
+  budget.mean_tokens = scores.budget_tokens;
   budget.density = budget_spec.kind == BudgetSpec::Kind::density ? budget_spec.value : 0;
   budget.sinks = plan.sinks;
   budget.recent = plan.recent;

@@ -78,6 +78,7 @@ void give_extras(Scratch& scratch, Selection& s, i64 capacity, i32 head_dim) {
 Budget make_budget(Scratch& scratch, const Rows& rows) {
   Budget b{};
   b.rows = rows;
+  b.mean_tokens = -1;
   place(b, scratch.take<i64>(block_words(b)));
   scratch.device().fill(b.rule, 0, static_cast<std::size_t>(3 * rows.count()) * sizeof(i32));
   return b;

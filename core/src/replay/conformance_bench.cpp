@@ -127,6 +127,7 @@ const Trace& Bench::trace(const Shape& shape) {
   spec.decode_tokens = shape.decode_tokens;
   spec.num_layers = kLayers;
   spec.captured_layers = {kLayer};
+  spec.with_wo = entry().needs & sdk::kNeedsProjection;
   return traces_.emplace(shape, synthetic_trace(spec)).first->second;
 }
 

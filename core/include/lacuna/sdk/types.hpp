@@ -211,6 +211,7 @@ struct Budget {
   i32 limited;         // 0: no budget was given, the method uses its own count or threshold
   i32 sinks, recent;   // tokens that the scenario or the rule forces, inside the target
   double density;      // as the scenario gave it; 0: the budget is not a density
+  i64 mean_tokens;     // since ABI 1.2; eviction: mean target of a row before allocation; -1: no budget was given
 };
 
 /// The set that each row reads, as a union; a token listed twice is read and charged once. Indices are slots. A role
