@@ -240,9 +240,11 @@ PhaseRun run_phase(LayerReplay& layer, const TraceInfo& info, const Cell& cell, 
   const i64 cut = evicts ? cut_of(info, cut_parameter(cell)) : begin;
   LayerPipeline pipeline(roles, setup, layer.fork(phase == ReplayPhase::prefill ? end : cut),
                          layer.choose_options(options.keep_lists, options.keep_scores));
-  run.other_keys = cell.evict && evicts &&
-                   (cell.evict->shared.value("positions", std::string()) == "compacted" ||
-                    any_of_chain(*cell.evict, [](const sdk::Entry& e) { return e.rewrite != nullptr; }));
+  const auto rewrites = [](const std::optional<Resolved>& role) {
+    return role && any_of_chain(*role, [](const sdk::Entry& e) { return e.rewrite != nullptr; });
+  };
+  const bool compacts = cell.evict && cell.evict->shared.value("positions", std::string()) == "compacted";
+  run.other_keys = evicts && (compacts || rewrites(cell.evict) || rewrites(cell.allocate));
   Collector collect(run, layer, end - begin, options);
 
   Eviction eviction;

@@ -1,0 +1,10 @@
+# cmake -DLACUNA=<program> -DDOC=<file> -P stale_doc.cmake: fails when the page is not what `lacuna describe` says now.
+set(ENV{LACUNA_PLUGIN_PATH} "")
+execute_process(COMMAND "${LACUNA}" describe OUTPUT_VARIABLE now RESULT_VARIABLE failed)
+if(failed)
+  message(FATAL_ERROR "${LACUNA} describe: ${failed}")
+endif()
+file(READ "${DOC}" page)
+if(NOT page STREQUAL now)
+  message(FATAL_ERROR "${DOC} is stale. Write it anew: ${LACUNA} describe > ${DOC}")
+endif()
