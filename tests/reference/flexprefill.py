@@ -167,7 +167,8 @@ def cases():
         case("gamma", ["gamma=0.7", "min_tokens=256"], by_block(gamma=0.7, min_tokens=256)),
         case("none-aware", ["tau=0", "min_tokens=128"], by_block(tau=0, min_tokens=128)),
         case("all-aware", ["tau=1", "min_tokens=128"], by_block(tau=1, min_tokens=128), extra=True),
-        case("aware-gamma", ["tau=0.45", "gamma=0.4", "min_tokens=0"], by_block(tau=0.45, gamma=0.4, min_tokens=0)),
+        case("aware-gamma", ["tau=0.45", "gamma=0.8", "min_tokens=0"], by_block(tau=0.45, gamma=0.8, min_tokens=0)),
+        case("some-aware", ["tau=0.14", "min_tokens=128"], by_block(tau=0.14, min_tokens=128)),
         case(
             "block-64",
             ["block=64", "last_q=64", "min_tokens=300", "tau=0.3"],

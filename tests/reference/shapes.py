@@ -74,7 +74,7 @@ def cases():
         case("a_shape", "no-sinks", ["sinks=0", "window=1"], exact(0, 1), layers="one"),
         case("a_shape", "minference_search", ["preset=minference_search"], exact(100, 800), layers="one"),
         case("a_shape", "union", ["sinks=20", "window=300", "gqa=union"], exact(20, 300), layers="one"),
-        case("tri_shape", "default", [], exact(128, 3968, 100), layers="one", extra=True),
+        case("tri_shape", "default", [], exact(128, 3968, 100), layers="one"),
         tri("100", 100, extra=True),
         tri("76", 76, layers="one"),
         tri("1", 1, layers="one"),

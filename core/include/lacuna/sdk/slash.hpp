@@ -26,7 +26,7 @@ struct SlashTile {
   }
 };
 
-/// Ascending lists of a head's columns and offsets, offset 0 among them; what becomes of them in one tile.
+/// Ascending lists of a head's columns and offsets; what becomes of them in one tile.
 struct SlashLowering {
   const i32 *columns, *diagonals;
   i32 num_columns, num_diagonals;
@@ -38,7 +38,7 @@ struct SlashLowering {
   LACUNA_HD void close(const SlashTile& t, i64 a, i64 b) {
     for (; next_column < num_columns && columns[next_column] < a; ++next_column, ++num_tokens) {
       if (tokens) tokens[num_tokens] = columns[next_column];
-      pairs += t.end - t.begin;  // below the range of offset 0, so every query of the tile sees it
+      pairs += t.end - t.begin;  // below the tile, so every query of it sees the column
     }
     while (next_column < num_columns && columns[next_column] < b) ++next_column;
     for (i64 at = a; at < b && at < t.end; at += t.block, ++num_pieces) {
