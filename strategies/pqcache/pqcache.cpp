@@ -11,7 +11,8 @@
 // The original starts k-means from random keys and stops by a timing model; here from evenly spaced keys, with a fixed
 // number of iterations. It keeps the counts of the prompt's end and its sinks beside them; here both follow the target
 // of the step. It clusters the keys before the window only; the window depends on the budget, which is not known when
-// keys are indexed, so here the last keys of the prompt are clustered too.
+// keys are indexed, so here the last keys of the prompt are clustered too. Where at most 2^bits tokens follow the sinks
+// the original reads everything; here the budget holds.
 #include <lacuna/sdk.hpp>
 #include <lacuna/sdk/gqa.hpp>
 #include <lacuna/sdk/kmeans.hpp>
