@@ -4,9 +4,10 @@
 //   once, at the end of the prompt, per KV head: the prompt's keys after the sinks, cut into `subvectors` runs of
 //   channels, 2^bits Euclidean centroids for each run by k-means;  a key's code = its nearest centroids
 //   logit(token) = softmax_scale * sum over runs of q_run . centroid of the token's code
-//   candidates: the tokens between the `sinks` first ones and the recent window;  score = softmax of the logits over
-//   the candidates, summed over the group (gqa) of the target less the sinks, floor(recent_fraction * n) tokens are the
-//   most recent (at least the current one), the best candidates are the rest.
+//   candidates: the tokens between the `sinks` first ones and the recent window
+//   score = softmax of the logits over the candidates, summed over the group (gqa)
+//   n = target less the sinks: floor(recent_fraction * n) tokens are the most recent (at least the current one), the
+//   best candidates are the rest.
 //
 // The original starts k-means from random keys and stops by a timing model; here from evenly spaced keys, with a fixed
 // number of iterations. It keeps the counts of the prompt's end and its sinks beside them; here both follow the target
