@@ -1,11 +1,11 @@
 // ShadowKV (Sun et al. 2024, "ShadowKV: KV cache in shadows for high-throughput long-context LLM inference", arXiv
 // 2410.21465)
 //
-//   the prompt's whole chunks of `chunk` tokens but the last `local_chunks` are ranked; everything after them (the
-//   local chunks, the prompt's remainder, every generated token) is taken first landmark = mean key of a chunk;
-//   outliers = the `outlier_chunks` ranked chunks with the lowest min over their keys of cos(key, landmark): taken
-//   next, the lowest first score(chunk) = softmax over the landmarks that are left of q . landmark * softmax_scale, its
-//   max over the group (gqa)
+//   ranked: the prompt's whole chunks of `chunk` tokens but the last `local_chunks`
+//   taken first: everything after them (the local chunks, the prompt's remainder, every generated token)
+//   landmark = mean key of a chunk
+//   taken next: the `outlier_chunks` ranked chunks with the lowest min over their keys of cos(key, landmark)
+//   score(chunk) = softmax over the landmarks that are left of q . landmark * softmax_scale, max over the group (gqa)
 //
 // Exact keys of the selected chunks: the original rebuilds them from a low-rank factor of the keys before RoPE. Its
 // local and outlier chunks lie on top of its budget, here inside; a budget too small for them is spent on them alone.

@@ -2,11 +2,11 @@
 //
 //   exact: the first `sinks` and the last `recent` tokens, and of the R tokens between them the floor(top_fraction * S)
 //   with the largest q . k
-//   b = max(2, floor(sample_rate * R)) uniform draws with replacement out of the R estimate sigma, the deviation of
+//   sigma, D: b = max(2, floor(sample_rate * R)) uniform draws with replacement out of the R estimate the deviation of
 //   e = exp(logit - row maximum), and D = sum of e over the exact tokens + R / b * sum of e over the draws
 //   n = floor((z * sigma * R / (epsilon * D))^2), within [b, R], z the one-sided (1 - delta) quantile of the normal
-//   law: with probability 1 - delta the denominator is then off by at most epsilon n fresh draws with replacement out
-//   of the R; a token that was drawn and is not exact weighs R / n, once
+//   law, so that the denominator is off by more than epsilon with probability delta
+//   sampled: n fresh draws with replacement out of the R; a token drawn that is not exact weighs R / n, once
 //
 // The top tokens are not taken out of the R, and a token drawn twice counts once, as in the original.
 #include <lacuna/sdk.hpp>

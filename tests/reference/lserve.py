@@ -55,7 +55,5 @@ def cases():
         case("least", [], lserve(tokens), tokens, layers="one"),
         case("dense", [table], lserve(dense, classes=True), dense, layers="one"),
         case("classes", [table], lserve(quarter, classes=True)),
-        case(
-            "streaming", [table, "sinks=10", "recent=50"], lserve(quarter, classes=True, sinks=10, recent=50), layers="one"
-        ),
+        case("streaming", [table, "sinks=10", "recent=50"], lserve(quarter, 64, 4, 4, True, 10, 50), layers="one"),
     ]

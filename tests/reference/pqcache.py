@@ -1,4 +1,4 @@
-"""pqcache: keys product-quantised by k-means at the end of the prompt; softmax over the candidates of the table's scores."""
+"""pqcache: keys product-quantised by k-means at the end of the prompt; softmax over the candidates."""
 
 from functools import lru_cache
 

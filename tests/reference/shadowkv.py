@@ -1,4 +1,4 @@
-"""shadowkv: chunks ranked by the softmax of their mean keys; outlier chunks, the prompt's end and generated tokens first."""
+"""shadowkv: chunks ranked by their mean keys; outlier chunks, the prompt's end and generated tokens first."""
 
 from functools import lru_cache
 

@@ -47,7 +47,8 @@ def vattention(epsilon=0.1, delta=0.1, top_fraction=0.05, sample_rate=0.05, sink
             differing = np.setxor1d(found, expected)
             border = middle[best - sinks].min() if len(best) else np.inf
             tied = np.abs(logits[differing] - border) <= TIE * abs(border)
-            if not report.expect(tied.all(), f"{where}: {len(found)} tokens, expected {len(expected)}; {differing[:4]}"):
+            text = f"{where}: {len(found)} tokens, expected {len(expected)}; {differing[:4]}"
+            if not report.expect(tied.all(), text):
                 return
             if len(differing) or near != 1:
                 report.ties.append((where, max(1, len(differing)), 0.0))
