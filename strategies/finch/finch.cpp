@@ -7,6 +7,7 @@
 //
 // The original also re-rotates what is kept: preset kvpress (positions = compacted).
 #include <lacuna/sdk.hpp>
+#include <lacuna/sdk/gqa.hpp>
 
 namespace {
 using namespace lacuna::sdk;
@@ -60,8 +61,7 @@ struct Finch : Strategy {
     c.charge(12.0 * window * heads * n, 2.0 * window * heads * n);
     if (!rows.per_query_head) {
       float* reduced = c.workspace<float>(count * n);
-      const Gqa g = common.gqa;
-      c.group_reduce(mass, reduced, n, n, g == Gqa::max ? Reduce::max : g == Gqa::sum ? Reduce::sum : Reduce::mean);
+      c.group_reduce(mass, reduced, n, n, reduce_of(common.gqa));
       mass = reduced;
     }
     const i32 heads_kv = c.layer().num_kv_heads;

@@ -22,6 +22,8 @@ def keydiff(k, v):
 
 
 def lagkv(sinks=4, lag=128):
+    """A channel that is constant in the next partition counts nothing."""
+
     def scores(k, v):
         tokens = len(k)
         out = np.ones(tokens)
@@ -33,7 +35,9 @@ def lagkv(sinks=4, lag=128):
             weight = np.zeros(lag)
             for x in (k, v):
                 low, high = x[after].min(axis=0), x[after].max(axis=0)
-                spread = ((x[here] - low) / (high - low)).std(axis=1, ddof=1)
+                width = high - low
+                scaled = np.divide(x[here] - low, width, out=np.zeros((lag, x.shape[1])), where=width > 0)
+                spread = scaled.std(axis=1, ddof=1)
                 e = np.exp(spread - spread.max())
                 weight += e / e.sum() / 2
             out[here] = np.argsort(np.argsort(weight)) / lag

@@ -1,5 +1,5 @@
-"""qfilter: keys along a filter. Here the filters are drawn, so that scores alone are judged; one more case holds the
-filters that `lacuna calibrate` makes against a singular value decomposition."""
+"""qfilter: keys along a filter. The filters are drawn, so that scores alone are judged; those that `lacuna calibrate`
+makes are held against a singular value decomposition."""
 
 import atexit
 import shutil
@@ -10,7 +10,7 @@ from trace import read_safetensors
 
 import numpy as np
 
-from compare import CLI
+from compare import CLI, Case
 from eviction import TENTH, THIRD, case
 
 SAMPLES = 3000
@@ -38,10 +38,42 @@ def projections(layer, tokens):
     return [-(layer.k[h, :tokens] @ filters[h])[None] for h in range(layer.kv_heads)]
 
 
+def head_filter(rows):
+    """The first right-singular vector, pointing away from where most rows point."""
+    u, _, vt = np.linalg.svd(rows, full_matrices=False)
+    return -vt[0] if (u[:, 0] > 0).mean() > 0.5 else vt[0]
+
+
+def calibrated(times):
+    """The trace, given `times` times, shares out the sampled rows."""
+
+    def check(layer, dump, report):
+        with tempfile.TemporaryDirectory() as folder:
+            out = Path(folder) / "filters.safetensors"
+            traces = [str(layer.trace.path)] * times
+            command = [CLI, "calibrate", "qfilter", "--out", str(out), "--trace", *traces]
+            subprocess.run(command, check=True, capture_output=True)
+            found = read_safetensors(out)[0][f"layers.{layer.index}.filter"]
+        count = min(SAMPLES // times, layer.length)
+        rows = np.tile(np.arange(count) * layer.length // count, times)
+        own = np.stack([head_filter(layer.q[head, rows]) for head in range(layer.heads)])
+        expected = own.reshape(layer.kv_heads, layer.group, layer.dim).mean(axis=1)
+        report.rows += layer.kv_heads
+        error = np.abs(found - expected).max()
+        report.expect(found.shape == expected.shape and error <= 1e-5, f"filters off by {error:.3g}")
+
+    return check
+
+
 def cases():
     file = f"filters={drawn_file()}"
+    drawn_args = ["--evict", "qfilter", *TENTH.args(), "--set", f"evict.{file}"]
     return [
         case("qfilter", "drawn", TENTH, projections, settings=[file]),
         case("qfilter", "before_question", THIRD, projections, "before_question", [file], layers="second"),
+        *(
+            Case(f"qfilter/calibrated-{times}", "evict", drawn_args, calibrated(times), "second")
+            for times in (1, 2, 3)
+        ),
         case("qfilter", "recent", THIRD, projections, "1000", [file, "recent=64"], recent=64, layers="one"),
     ]

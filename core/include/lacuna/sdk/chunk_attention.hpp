@@ -8,6 +8,7 @@
 // A partial last chunk has its own tokens only.
 #pragma once
 
+#include "lacuna/sdk/gqa.hpp"
 #include "lacuna/sdk/reductions.hpp"
 
 namespace lacuna::sdk {
@@ -42,7 +43,7 @@ struct ChunkLogits {
 }  // namespace detail
 
 /// Scores [rows.count(), kv.max_length] of the inner slots, chunks counted from inner.first; 0 elsewhere. `rows`: one
-/// tile, of KV heads (the group reduced by `gqa`: max, sum, or else mean) or of query heads.
+/// tile, of KV heads (the group reduced by `gqa`) or of query heads.
 inline float* chunk_attention(Context& c, const Rows& rows, Gqa gqa, i64 chunk, Inner inner) {
   const Paged kv = c.kv();
   const Queries q = c.seen_queries();
@@ -82,7 +83,7 @@ inline float* chunk_attention(Context& c, const Rows& rows, Gqa gqa, i64 chunk, 
   const float* reduced = mass;
   if (!rows.per_query_head) {
     float* out = c.workspace<float>(count * n);
-    c.group_reduce(mass, out, n, n, gqa == Gqa::max ? Reduce::max : gqa == Gqa::sum ? Reduce::sum : Reduce::mean);
+    c.group_reduce(mass, out, n, n, reduce_of(gqa));
     reduced = out;
   }
   float* weighted = c.workspace<float>(count * n);
