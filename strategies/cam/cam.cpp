@@ -72,7 +72,6 @@ struct Cam : Strategy {
     c.charge(2.0 * count * d * size_of(c.kv().dtype), 2.0 * count * d * static_cast<double>(targets));
   }
 
- private:
   /// [rows, slots] 1 / |T| of the evicted tokens that merge, else 0.
   const float* draw(Context& c, const Rewrite& w, const float* mass) {
     const Rewrite in = w;

@@ -75,7 +75,6 @@ struct ChunkKv : Strategy {
     c.charge(12.0 * count * slots, 1.0 * count * slots);
   }
 
- private:
   /// [seqs, chunks] 1: kept.
   float* choose_chunks(Context& c, const Budget& b, const float* scores) {
     const Paged kv = c.kv();

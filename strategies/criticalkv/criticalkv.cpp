@@ -79,7 +79,6 @@ struct CriticalKv : Strategy {
     c.charge(20.0 * count * slots, 4.0 * count * slots);
   }
 
- private:
   /// One number: the largest finite score of the layer, 0 if there is none.
   float* largest_finite(Context& c, const Scores& s) {
     const Paged kv = c.kv();

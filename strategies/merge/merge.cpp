@@ -89,7 +89,6 @@ struct Merge : Strategy {
     c.charge(2.0 * count * d * size_of(c.kv().dtype), 2.0 * pairs * d + 4.0 * count * d);
   }
 
- private:
   /// For every evicted token its nearest kept key; norms of all keys and values.
   static void find_targets(Context& c, const Rewrite& w, double* key_norm, double* value_norm, float* cosine,
                            i32* target) {

@@ -105,7 +105,6 @@ struct ThinkK : Strategy {
              2.0 * static_cast<double>(w.rows * group * (q.count + d) * d));
   }
 
- private:
   /// Of the kept keys, each channel: [rows, head_dim].
   double* mean_squares(Context& c, const Rewrite& w) {
     const Rewrite kept = w;

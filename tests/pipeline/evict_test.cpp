@@ -6,6 +6,7 @@
 #include <limits>
 #include <numeric>
 
+#include "lacuna/base/error.hpp"
 #include "lacuna/pipeline/budget.hpp"
 #include "lacuna/replay/replay.hpp"
 #include "lacuna/strategy/registry.hpp"
@@ -352,7 +353,7 @@ TEST_CASE("a wrapper gets its base's scores as they would be ranked: of groups, 
   const Resolved each = over(resolved(type_of<Relay>(), density(0.3), {{"gqa", "mean"}}),
                              resolved(type_of<Scripted>(), {}, {{"gqa", "union"}}));
   CHECK_THROWS_WITH_AS(bed.pipeline({nullptr, &each, nullptr}, 211).evict_at_cut(), doctest::Contains("gqa = union"),
-                       Error);
+                       lacuna::Error);
 }
 
 TEST_CASE("a base that chooses explicitly scores what it keeps") {
@@ -425,5 +426,5 @@ TEST_CASE("what a strategy rewrites is cached, and channels that it drops are no
 
   Doubler::factor = std::numeric_limits<float>::infinity();
   CHECK_THROWS_WITH_AS(bed.pipeline({nullptr, &doubler, nullptr}, 100).evict_at_cut(),
-                       doctest::Contains("role rewrite"), Error);
+                       doctest::Contains("role rewrite"), lacuna::Error);
 }
