@@ -6,6 +6,7 @@
 #include <cstring>
 
 #include "lacuna/base/error.hpp"
+#include "lacuna/replay/calibrate.hpp"
 #include "lacuna/replay/replay.hpp"
 
 namespace lacuna {
@@ -116,9 +117,27 @@ Cell Bench::cell(const Use& use, const Json& settings) const {
   return out;
 }
 
+Cell Bench::calibrated(Cell cell, const Shape& shape) {
+  if (!entry().calibrate || !(entry().needs & sdk::kNeedsData)) return cell;
+  for (std::optional<Resolved>* role : {&cell.select, &cell.evict, &cell.allocate}) {
+    if (!*role || (*role)->type != &type_) continue;
+    auto& file = calibrations_[shape];
+    if (!file) {
+      std::vector<Trace> traces;
+      traces.push_back(generated(shape));
+      file = std::make_shared<CalibrationFile>(calibrate(**role, traces));
+    }
+    (*role)->data[data_parameter(type_)] = file;
+  }
+  return cell;
+}
+
 const Trace& Bench::trace(const Shape& shape) {
   const auto found = traces_.find(shape);
-  if (found != traces_.end()) return found->second;
+  return found != traces_.end() ? found->second : traces_.emplace(shape, generated(shape)).first->second;
+}
+
+Trace Bench::generated(const Shape& shape) const {
   SyntheticSpec spec;
   spec.num_qo_heads = shape.num_qo_heads;
   spec.num_kv_heads = shape.num_kv_heads;
@@ -128,7 +147,7 @@ const Trace& Bench::trace(const Shape& shape) {
   spec.num_layers = kLayers;
   spec.captured_layers = {kLayer};
   spec.with_wo = entry().needs & sdk::kNeedsProjection;
-  return traces_.emplace(shape, synthetic_trace(spec)).first->second;
+  return synthetic_trace(spec);
 }
 
 LayerReplay& Bench::layer(const Shape& shape, bool poison) {
@@ -170,7 +189,10 @@ Outcome Bench::run(const Use& use, const Shape& shape, const Cell& cell, bool po
   LayerReplay& on = layer(shape, poison);
   try {
     const auto keep = [&](const Eviction& e) { out.eviction = e; };
-    out.run = run_phase(on, info(shape), cell, use.phase, queries(use, shape, cell), {poison, false, false, {}, keep});
+    CarriedArrays carried;
+    const std::vector<double> entropy(kLayers, 1.0);
+    out.run = run_phase(on, info(shape), calibrated(cell, shape), use.phase, queries(use, shape, cell),
+                        {poison, false, false, {}, keep, &carried, entropy.data()});
   } catch (const std::exception& e) {
     out.error = e.what();
   }

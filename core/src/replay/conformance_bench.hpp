@@ -52,6 +52,8 @@ class Bench {
   /// The strategy in its role with these settings (parameters and budget; an allocator's budget goes to its scorer), no
   /// layer left dense. Throws Error.
   Cell cell(const Use& use, const Json& settings) const;
+  /// The cell with what the strategy calibrates on the generated trace of that shape, where it needs a file.
+  Cell calibrated(Cell cell, const Shape& shape);
   /// A companion for that role and phase that ranks, or null.
   const StrategyType* scorer(RoleKind role, ReplayPhase phase) const;
   /// The layer of a generated trace of that shape.
@@ -67,6 +69,7 @@ class Bench {
 
  private:
   const Trace& trace(const Shape& shape);
+  Trace generated(const Shape& shape) const;
   Json companion(RoleKind role, ReplayPhase phase, const Json& budget) const;
 
   const Registry& registry_;
@@ -74,6 +77,7 @@ class Bench {
   std::shared_ptr<Device> device_;
   std::vector<Use> uses_;
   std::map<Shape, Trace> traces_;
+  std::map<Shape, std::shared_ptr<const CalibrationFile>> calibrations_;
   std::map<std::pair<Shape, bool>, std::unique_ptr<LayerReplay>> layers_;
 };
 

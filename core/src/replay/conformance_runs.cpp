@@ -100,6 +100,7 @@ Verdict rule_determinism(Bench& bench) {
 
 Verdict rule_budget(Bench& bench) {
   if (!bench.entry().takes_budget) return not_applicable("it takes no budget");
+  if (bench.entry().needs & sdk::kNeedsAllLayers) return not_applicable("what a layer reads depends on the others");
   constexpr double kRoomy = 0.8;
   for (const Use& use : bench.uses())
     for (const double density : {0.3, 0.5, kRoomy}) {

@@ -73,7 +73,7 @@ Verdict rule_side_data(Bench& bench) {
   const Json budget = bench.entry().takes_budget ? Json{{"density", 0.3}} : Json::object();
   for (const Use& use : bench.uses()) {
     if (use.role == RoleKind::allocate || use.phase == ReplayPhase::prefill) continue;
-    const Cell cell = bench.cell(use, budget);
+    const Cell cell = bench.calibrated(bench.cell(use, budget), kRegular);
     std::string what;
     if (use.role == RoleKind::select) {
       what = stale_selection(bench, use, cell, nullptr);
