@@ -42,9 +42,9 @@ def cases():
     for preset, threshold in {"llama2": 0.65, "llama3": 0.9, "mistral": 0.8, "qwen": 0.85}.items():
         extra = preset == "llama2"
         out.append(case(preset, simlayerkv(threshold), [f"preset={preset}"], extra=extra))
-    short = ["threshold=0.5", "sinks=0", "recent=100"]
+    short = ["threshold=0.1", "sinks=0", "recent=100"]
     out += [
-        case("recent", simlayerkv(0.5, 0, 100), short),
+        case("recent", simlayerkv(0.1, 0, 100), short),
         case("half", simlayerkv(0.5, 4, 256), ["threshold=0.5", "recent=256"], extra=True),
         case(
             "before_question", simlayerkv(0.55, 4, 256, "before_question"), ["threshold=0.55", "recent=256"],
