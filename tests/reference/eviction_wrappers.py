@@ -18,7 +18,7 @@ from compare import (
     same_set,
 )
 from h2o import Simulation
-from magicpig import MASK, splitmix
+from philox import layer_key, philox
 from snapkv import PRESETS, pool
 
 BASES = {"snapkv": PRESETS["longbench"], "snapkv-kvpress": PRESETS["kvpress"]}
@@ -270,18 +270,9 @@ def merge(budget, cut, threshold=0.0, fraction=1.0, base="snapkv"):
 
 
 def uniform(seed, layer, step, row, counter):
-    """Philox4x32-10 addressed by (row, counter), 24 bits in [0, 1)."""
-    key, shift = splitmix(seed * 1000003 + layer), np.uint64(32)
-    counter = np.asarray(counter, dtype=np.uint64)
-    c0, c1 = counter & MASK, counter >> shift
-    c2 = np.full_like(counter, row) & MASK
-    c3 = np.full_like(counter, step)
-    k0, k1 = key & 0xFFFFFFFF, key >> 32
-    for _ in range(10):
-        p0, p1 = np.uint64(0xD2511F53) * c0, np.uint64(0xCD9E8D57) * c2
-        c0, c1, c2, c3 = (p1 >> shift) ^ c1 ^ np.uint64(k0), p1 & MASK, (p0 >> shift) ^ c3 ^ np.uint64(k1), p0 & MASK
-        k0, k1 = (k0 + 0x9E3779B9) & 0xFFFFFFFF, (k1 + 0xBB67AE85) & 0xFFFFFFFF
-    return (c1 >> np.uint64(8)).astype(np.float64) * 2.0**-24
+    """24 bits in [0, 1)."""
+    _, high = philox(layer_key(seed, layer), step, row, counter)
+    return (high >> np.uint64(8)).astype(np.float64) * 2.0**-24
 
 
 def cam_values(v, cached, kept, attention, draws, targets):
