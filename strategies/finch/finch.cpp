@@ -4,6 +4,7 @@
 //   A        = softmax of each of the question's queries over all keys up to its own
 //   score(j) = mean over the question's queries i of position(i) A_i(j), then reduced over the GQA group
 //   tokens from the question on are kept, inside the budget.
+//   Cut before the question: as many last queries as it has stand in for it.
 //
 // The original also re-rotates what is kept: preset kvpress (positions = compacted).
 #include <lacuna/sdk.hpp>
@@ -40,12 +41,13 @@ struct Finch : Strategy {
   void score(Context& c, Scores& s) override {
     const Rows rows = s.rows;
     const Paged kv = c.kv();
-    const i64 begin = c.call().question_begin, seen = c.last_queries(1).first_position + 1;
-    if (c.call().question_tokens == 0 || seen <= begin)
-      throw Failure("finch ranks by the question's queries: cut the prompt after its question (cut = \"end\")");
+    const i64 seen = c.last_queries(1).first_position + 1, asked = c.call().question_tokens;
+    const bool known = asked > 0 && seen > c.call().question_begin;
+    const i64 stand_in = asked < 1 ? 1 : asked < seen ? asked : seen;
+    const i64 begin = known ? c.call().question_begin : seen - stand_in;
     const Queries q = c.last_queries(seen - begin);
     const i64 count = rows.count(), n = kv.max_length, stride = s.stride, heads = static_cast<i64>(q.seqs) * q.heads;
-    const i64 window = c.call().question_tokens < q.count ? c.call().question_tokens : q.count;
+    const i64 window = known && asked < q.count ? asked : q.count;
 
     float* row = c.workspace<float>(heads * n);
     float* mass = c.workspace<float>(heads * n);

@@ -8,9 +8,15 @@ from eviction import TENTH, THIRD, case, reduce_group
 from snapkv import keep
 
 
+def question_begin(layer, tokens):
+    """Before the question is known, as many last tokens stand in for it; it ends the prompt in these traces."""
+    question = layer.trace.question
+    return question if question < tokens else tokens - (layer.prompt - question)
+
+
 def finch(gqa="mean"):
     def scores(layer, tokens):
-        begin = layer.trace.question
+        begin = question_begin(layer, tokens)
         at = np.arange(begin, tokens)
         out = []
         for h in range(layer.kv_heads):
@@ -48,6 +54,7 @@ def cases():
         case("finch", "union", THIRD, finch("union"), settings=["gqa=union"], layers="second", **forced),
         case("finch", "max", THIRD, finch("max"), settings=["gqa=max"], layers="second", **forced),
         case("finch", "inside-the-question", TENTH, finch(), "1980", recent=13, layers="one"),
+        case("finch", "before_question", TENTH, finch(), "before_question", **forced),
         case("finch", "tokens", Budget(tokens=40), finch(), layers="one", **forced),
         Case(
             "finch/kvpress",
