@@ -7,7 +7,7 @@
 //   a prompt shorter than a chunk: the base's own best tokens
 //
 // Counts are chunks, as in kvpress' ChunkKVPress, so that a head keeps the target up to a chunk. The paper's reuse of
-// chunks by later layers is absent there and here. One cut, after the prompt, whenever the base evicts.
+// chunks by later layers is absent there and here. One cut, after the prompt.
 #include <lacuna/sdk.hpp>
 
 namespace {

@@ -225,7 +225,8 @@ class Context {
     run([&](Error* e) { return services_.oracle_mass(&out, e); });
   }
   /// Wrappers: the base's own scores into `out` (rows and unit as the base's plan). In eviction they come as they would
-  /// be ranked: reduced over the group, with the tokens that the base forces at +inf.
+  /// be ranked: reduced over the group, with the tokens that the base forces at +inf; a base that chooses explicitly
+  /// gives 0 to what it would keep of out.budget_tokens, -inf to the rest.
   void base_scores(Scores& out) {
     run([&](Error* e) { return services_.base_scores(&out, e); });
   }

@@ -305,7 +305,7 @@ struct State {
 /// Filled by plan() once per shape. The core sets the defaults shown; sinks and recent come from the parameters.
 struct Plan {
   i32 q_tile;       // prefill query tile; 1 in decode whatever is set here
-  i32 unit_tokens;  // tokens of a ranked unit; kv_block of the pieces
+  i32 unit_tokens;  // tokens of a ranked unit; kv_block of the pieces; what retain() keeps or drops together
   ScoreKind score_kind;
   i32 per_query_head;           // 1: score() fills query-head rows and the core reduces by gqa; 0: KV-head rows
   i32 sinks, recent;            // forced tokens
@@ -313,7 +313,7 @@ struct Plan {
   i32 min_units;                // least units of a row, forced ones included
   i64 max_pieces, max_tokens;   // a row's room in explicit selections; -1: as many as there can be
   i32 weighted;                 // 1: mark() or refine() writes log weights
-  i32 evict_every;              // 0: once at the cut; n: also every n decode steps
+  i32 evict_every;              // 0: once at the cut; n: also every n decode steps; a wrapper starts from its base's
   double threshold;             // top-p of score kind mass when no budget is given; < 0: none
   i64 default_units;            // ranked units when no budget is given (forced ones included); < 0: none
   i64 workspace_bytes;          // what workspace() may carve in one call, alignment not counted; at most 64 arrays
