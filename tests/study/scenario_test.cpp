@@ -88,6 +88,13 @@ TEST_CASE("budgets") {
     CHECK(s.cells[1].select->budget.kind == BudgetSpec::Kind::none);
     CHECK(s.cells[1].select->base->budget.value == 0.2);
   }
+  SUBCASE("a wrapper of eviction takes it itself: its base only ranks") {
+    const Scenario s = parse(budget + "[[strategy]]\nevict = { name = \"chunkkv\", base = \"snapkv\" }");
+    REQUIRE(s.cells.size() == 2);
+    CHECK(s.cells[1].evict->budget.value == 0.2);
+    CHECK(s.cells[1].evict->base->budget.kind == BudgetSpec::Kind::none);
+    CHECK(parse(budget + "[[strategy]]\nevict = \"decoding\"").cells.size() == 1);
+  }
   SUBCASE("a wrapper's default base has a budget of its own") {
     const Scenario s = parse(budget + "[[strategy]]\nselect = \"twilight\"");
     REQUIRE(s.cells.size() == 1);

@@ -82,7 +82,7 @@ void add_budget(const Registry& registry, Json& role, RoleKind kind, const Json&
     role.erase("density");
     return;
   }
-  if (type.entry().wrapper) {
+  if (type.entry().wrapper && kind == RoleKind::select) {  // in eviction a base only ranks
     if (role.contains("base")) add_budget(registry, role["base"], kind, budget);
     return;
   }
