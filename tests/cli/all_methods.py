@@ -62,7 +62,7 @@ def main():
     faults = []
     rows, skips = collections.defaultdict(set), collections.defaultdict(set)
     for row in study["rows"]:
-        if row["cell"] is None or row["cell"] < 0:
+        if not isinstance(row["cell"], int):  # the noise floor
             continue
         for name in names_of(study["cells"][row["cell"]]):
             rows[name].add((row["trace"], row["status"]))
