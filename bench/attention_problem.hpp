@@ -90,8 +90,15 @@ class AttentionProblem {
       for (std::size_t b = 0; b < blocks.size(); ++b)
         pieces[static_cast<std::size_t>(r * rows.tiles) + b] = blocks[b] * kBlock;
     }
-    selection = {rows,         kBlock,       rows.tiles,   0,       counts.data(), pieces.data(), zeros.data(), nullptr,
-                 zeros.data(), zeros.data(), zeros.data(), nullptr, nullptr};
+    selection = {rows,          kBlock,
+                 rows.tiles,    0,
+                 counts.data(), pieces.data(),
+                 zeros.data(),  nullptr,
+                 zeros.data(),  zeros.data(),
+                 zeros.data(),  nullptr,
+                 nullptr,       0,
+                 nullptr,       nullptr,
+                 nullptr,       nullptr};
     attention.read = &selection;
   }
 

@@ -157,7 +157,12 @@ struct SelectionFixture {
                  window.data(),
                  full.data(),
                  weighted ? piece_weight.data() : nullptr,
-                 weighted ? token_weight.data() : nullptr};
+                 weighted ? token_weight.data() : nullptr,
+                 0,
+                 nullptr,
+                 nullptr,
+                 nullptr,
+                 nullptr};
   }
   SelectionFixture(const SelectionFixture&) = delete;
 

@@ -245,7 +245,8 @@ class Stage final : public sdk::Services {
               stage.entry_.takes_budget,
               stage.plan_.sinks,
               stage.plan_.recent,
-              /*density=*/.25};
+              /*density=*/.25,
+              /*mean_tokens=*/-1};
     }
     Array<i64> longs;
     Array<i32> ints;
