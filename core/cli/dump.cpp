@@ -19,7 +19,7 @@ struct Options {
   std::optional<std::int64_t> tokens, units;
   std::vector<std::string> set;
   std::uint64_t seed = 0;
-  bool cells = false, scores = false, check = false;
+  bool cells = false, scores = false, check = false, allow_leak = false;
 };
 
 ReplayPhase phase_of(const std::string& name) {
@@ -66,6 +66,7 @@ void run_dump(const Session& session, const Options& o) {
   options.cells = o.cells;
   options.scores = o.scores;
   options.check = o.check;
+  options.allow_leak = o.allow_leak;
   options.page_size = o.page_size;
   options.device = device_by_name(o.device);
   dump(trace, cell, options, o.out);
@@ -98,6 +99,7 @@ void add_dump(CLI::App& app, Session& session) {
   command->add_flag("--cells", o->cells, "also the canonical token set of every row");
   command->add_flag("--scores", o->scores, "also the scores, as ranked");
   command->add_flag("--check", o->check, "check contracts and poison what must not be read");
+  command->add_flag("--allow-leak", o->allow_leak, "also on a trace that the strategy was calibrated on");
   command->callback([&session, o] { run_dump(session, *o); });
 }
 

@@ -38,7 +38,8 @@ struct Chunk : Strategy {
     p.per_query_head = 0;
     p.evict_every = 0;
     const i64 rows = static_cast<i64>(c.call().num_seqs) * c.layer().num_kv_heads;
-    p.workspace_bytes = rows * (2 * p.max_cached + 2 * params.chunk) * 4 + rows * 12 + 7 * 256;
+    const i64 chunk = params.chunk < p.max_cached ? params.chunk : p.max_cached;
+    p.workspace_bytes = rows * 2 * (p.max_cached + chunk) * 4 + rows * 12 + 7 * 256;
   }
 
   void retain(Context& c, const Budget& b, Kept& kept) override {

@@ -119,7 +119,7 @@ struct Cluster : Strategy {
     p.states[p.num_states++] = {"size", Dtype::i32, room};
     p.states[p.num_states++] = {"clusters", Dtype::i32, l.num_kv_heads};
     p.states[p.num_states++] = {"fixed", Dtype::i32, 1};
-    p.workspace_bytes = 4 * heads * (7 * max_clusters + p.max_cached + 2 * kParts + 12) + softmax_bytes(heads);
+    p.workspace_bytes = 4 * heads * (9 * max_clusters + 1 + p.max_cached + 2 * kParts + 12) + softmax_bytes(heads);
     if (!params.estimate) return;
     p.states[p.num_states++] = {"value", Dtype::f32, room * l.head_dim};
     p.max_extras = static_cast<i64>(params.estimated * static_cast<double>(max_clusters)) + 1;
@@ -137,8 +137,6 @@ struct Cluster : Strategy {
     const i64 *target = b.tokens, prompt = prompt_end(c), count = rows.count(), slots = kv.max_length;
     const i64 clusters = max_clusters, sinks = params.sinks, recent = params.recent;
     const i32 limited = b.limited, kv_heads = c.layer().num_kv_heads;
-    const float* scores = cluster_scores(c, rows);
-    const float* ranked = limited ? scores : best_clusters(c, rows, scores);
     float* value = c.workspace<float>(count * slots);
     i32 *end = c.workspace<i32>(count), *wanted = c.workspace<i32>(count);
     c.for_each(count, [=] LACUNA_HD(i64 row) {
@@ -151,6 +149,9 @@ struct Cluster : Strategy {
       out.exact_sinks[row] = static_cast<i32>(sinks);
       out.exact_window[row] = static_cast<i32>(length - end[row]);
     });
+    const i32* cached = cached_members(c, end, count / kv.rows);
+    const float* scores = cluster_scores(c, rows, cached);
+    const float* ranked = limited ? scores : best_clusters(c, rows, scores);
     c.for_each(count * slots, [=] LACUNA_HD(i64 i) {
       const i64 row = i / slots, slot = i % slots, kv_row = rows.kv_row(row, kv_heads);
       if (slot >= end[row]) return;
@@ -159,7 +160,25 @@ struct Cluster : Strategy {
     });
     c.topk(value, static_cast<i32>(count), slots, end, wanted, out.tokens, out.token_count, out.token_capacity);
     c.charge(4.0 * static_cast<double>(count) * static_cast<double>(slots), 0);
-    if (params.estimate) estimate(c, out, scores, ranked, end);
+    if (params.estimate) estimate(c, out, scores, ranked, cached);
+  }
+
+  /// [KV rows, clusters]: members that are cached; `end` of every heads_per_row-th row bounds those that were
+  /// clustered.
+  const i32* cached_members(Context& c, const i32* end, i64 heads_per_row) const {
+    const auto cluster_of = c.side<i32>("cluster");
+    const Paged kv = c.kv();
+    const i64 clusters = max_clusters;
+    const i32* size = c.state<i32>("size");
+    i32* held = c.workspace<i32>(kv.rows * clusters);
+    c.for_each(kv.rows * clusters, [=] LACUNA_HD(i64 i) {
+      const i64 row = i / clusters, n = kv.length[row];
+      held[i] = size[i];
+      if (n == 0 || kv.position_of(row, n - 1) == n - 1) return;  // nothing was evicted
+      held[i] = 0;
+      for (i64 slot = 0; slot < end[row * heads_per_row]; ++slot) held[i] += cluster_of.at(row, slot) == i % clusters;
+    });
+    return held;
   }
 
   i64 max_clusters = 0;  // of a KV head, the one that is none included; fixed by plan()
@@ -214,10 +233,9 @@ struct Cluster : Strategy {
     });
   }
 
-  /// [rows, clusters]: -inf where a cluster has no members.
-  const float* cluster_scores(Context& c, const Rows& rows) const {
+  /// [rows, clusters]: -inf where a cluster has no members; size [KV rows, clusters].
+  const float* cluster_scores(Context& c, const Rows& rows, const i32* size) const {
     const float* centroid = c.state<float>("centroid");
-    const i32* size = c.state<i32>("size");
     const Queries q = c.current_queries();
     const float scale = c.layer().softmax_scale;
     const i64 d = q.head_dim, heads = static_cast<i64>(q.seqs) * q.heads, group = c.layer().group();
@@ -268,12 +286,12 @@ struct Cluster : Strategy {
   }
 
   /// The centroids that stand for the best clusters of which something is not read.
-  void estimate(Context& c, const Selection& out, const float* scores, const float* ranked, const i32* end) const {
+  void estimate(Context& c, const Selection& out, const float* scores, const float* ranked, const i32* size) const {
     const Rows rows = out.rows;
     const i64 clusters = max_clusters, count = rows.count(), room = out.extra_capacity, d = c.layer().head_dim;
     const i32 kv_heads = c.layer().num_kv_heads;
     const double estimated = params.estimated;
-    const i32* unread = tokens_not_read(c, out, ranked, end);
+    const i32* unread = tokens_not_read(c, out, ranked, size);
     const i32* number = c.state<i32>("clusters");
     const float *centroid = c.state<float>("centroid"), *mean_value = c.state<float>("value");
     float* left = c.workspace<float>(count * clusters);
@@ -298,13 +316,11 @@ struct Cluster : Strategy {
   }
 
   /// [rows, clusters]. A cluster is read wholly or not at all, but for those whose score is the lowest that was read.
-  const i32* tokens_not_read(Context& c, const Selection& out, const float* ranked, const i32* end) const {
+  const i32* tokens_not_read(Context& c, const Selection& out, const float* ranked, const i32* size) const {
     const auto cluster_of = c.side<i32>("cluster");
-    const Paged kv = c.kv();
     const Rows rows = out.rows;
     const i64 clusters = max_clusters, count = rows.count();
-    const i32 kv_heads = c.layer().num_kv_heads, sinks = params.sinks;
-    const i32* size = c.state<i32>("size");
+    const i32 kv_heads = c.layer().num_kv_heads;
     float *lows = c.workspace<float>(count * kParts), *low = c.workspace<float>(count);
     c.for_each(count * kParts, [=] LACUNA_HD(i64 i) {
       const i64 row = i / kParts, kv_row = rows.kv_row(row, kv_heads);
@@ -321,22 +337,12 @@ struct Cluster : Strategy {
       for (i64 p = row * kParts; p < (row + 1) * kParts; ++p) low[row] = lows[p] < low[row] ? lows[p] : low[row];
     });
     i32* unread = c.workspace<i32>(count * clusters);
-    const Segments cut{c.workspace<i32>(kv.rows), c.workspace<i32>(kv.rows), params.segment, params.per_cluster,
-                       clusters};
-    c.for_each(kv.rows, [=] LACUNA_HD(i64 kv_row) {
-      cut.begin[kv_row] = sinks;
-      cut.end[kv_row] = end[kv_row * (count / kv.rows)];
-    });
     c.for_each(count * clusters, [=] LACUNA_HD(i64 i) {
       const i64 row = i / clusters, of = i % clusters, kv_row = rows.kv_row(row, kv_heads);
       const i32* tokens = out.tokens + row * out.token_capacity;
       i32 members = 0;
-      if (ranked[i] == low[row]) {
-        const IndexRange among = cut.tokens_of(kv_row, of);
-        for (i64 n = first_not_below(tokens, out.token_count[row], among.begin);
-             n < out.token_count[row] && tokens[n] < among.end; ++n)
-          members += cluster_of.at(kv_row, tokens[n]) == of;
-      }
+      if (ranked[i] == low[row])
+        for (i64 n = 0; n < out.token_count[row]; ++n) members += cluster_of.at(kv_row, tokens[n]) == of;
       unread[i] = ranked[i] > low[row] ? 0 : size[kv_row * clusters + of] - members;
     });
     return unread;

@@ -32,12 +32,13 @@ LACUNA_HD inline i64 ceil_div(i64 a, i64 b) { return (a + b - 1) / b; }
 struct PooledKeys {
   const float* data;  // [KV rows, blocks, d]
   i64 blocks, d, group;
+  float scale;  // of the layer's softmax
 
   LACUNA_HD float logit(const float* query, i64 head, i64 block) const {
     const float* k = data + (head / group * blocks + block) * d;
     double sum = 0;
     for (i64 e = 0; e < d; ++e) sum += static_cast<double>(query[e]) * static_cast<double>(k[e]);
-    return static_cast<float>(sum / sqrt(static_cast<double>(d)));
+    return static_cast<float>(sum * scale);
   }
 };
 
@@ -227,7 +228,7 @@ struct FlexPrefill : Strategy {
     c.mean_queries(c.last_queries(params.last_q), params.last_q, false, last);
     c.mean_queries(q, params.block, false, queries);
     c.mean_keys(params.block, false, keys);
-    const PooledKeys pooled{keys, count, d, q.heads / c.layer().num_kv_heads};
+    const PooledKeys pooled{keys, count, d, q.heads / c.layer().num_kv_heads, c.layer().softmax_scale};
     c.for_each(b.heads * count,
                [=] LACUNA_HD(i64 i) { estimate[i] = pooled.logit(last + i / count * d, i / count, i % count); });
     find_aware(c, b, estimate);

@@ -92,8 +92,10 @@ struct QFilter : Strategy {
     const Paged kv = c.kv();
     const i64 rows = s.rows.count(), n = kv.max_length, stride = s.stride, d = kv.head_dim;
     const i64 heads = c.layer().num_kv_heads;
-    const float* filter = static_cast<const float*>(c.data("filters", "filter").data);
-    if (!filter) throw Failure("`filters` has no filter of this layer: make the file with lacuna calibrate");
+    const Array a = c.data("filters", "filter");
+    if (!a.data || a.rank != 2 || a.extent[0] != heads || a.extent[1] != d)
+      throw Failure("filters: no filter [num_kv_heads, head_dim] of this layer: make the file with lacuna calibrate");
+    const float* filter = static_cast<const float*>(a.data);
     float* value = s.value;
     c.for_each(rows * n, [=] LACUNA_HD(i64 i) {
       const i64 row = i / n, slot = i % n;  // rows are KV heads

@@ -114,6 +114,7 @@ struct Razor : Strategy {
   }
 
   void rewrite(Context& c, const Rewrite& r) override {
+    if (!c.prefill()) return;  // the mean stands for what the prompt dropped
     const Rewrite of = r;
     const i64 d = r.head_dim, sinks = params.sinks;
     c.for_each(r.rows * d, [=] LACUNA_HD(i64 i) {

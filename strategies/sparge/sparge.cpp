@@ -174,13 +174,14 @@ struct Sparge : Strategy {
   static void pooled_softmax(Context& c, const Tiles& t, const float* queries, const float* keys, const float* mean,
                              i64 d) {
     const i64 k_tiles = t.k_tiles;
+    const float scale = c.layer().softmax_scale;
     c.for_each(t.rows.count() * k_tiles, [=] LACUNA_HD(i64 i) {
       const i64 row = i / k_tiles, key = t.key(row, i % k_tiles);
       if (i % k_tiles * t.unit >= t.end(row) || !t.similar_k[key]) return;
       const float *a = queries + t.query(row) * d, *b = keys + key * d, *m = mean + key / k_tiles * d;
       double sum = 0;
       for (i64 e = 0; e < d; ++e) sum += static_cast<double>(a[e]) * static_cast<double>(b[e] - m[e]);
-      t.p[i] = static_cast<float>(sum / sqrt(static_cast<double>(d)));
+      t.p[i] = static_cast<float>(sum * scale);
     });
     c.for_each(t.rows.count(), [=] LACUNA_HD(i64 row) {
       float* p = t.p + row * k_tiles;

@@ -51,7 +51,8 @@ struct BudgetTable : Strategy {
       const i64 begin = seq * rows.heads, end = begin + rows.heads;
       const auto cached = [=](i64 row) { return static_cast<i64>(kv.length[rows.kv_row(row, heads_kv)]); };
       const auto weight = [=](i64 row) {
-        const double x = static_cast<double>(number[rows.kv_row(row, heads_kv) % heads_kv]);
+        const double given_here = static_cast<double>(number[rows.kv_row(row, heads_kv) % heads_kv]);
+        const double x = given_here > 0 ? given_here : 0;
         const double n = static_cast<double>(cached(row)), wanted = absolute ? x : x * n;
         return limited ? x : wanted < n ? wanted : n;
       };

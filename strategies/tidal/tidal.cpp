@@ -9,6 +9,7 @@
 // Nothing is forced: the current token is among the k by its rank only. With a budget, k is the budget of the selecting
 // layer. Positions are remembered, so that layers may have evicted different tokens before.
 #include <algorithm>
+#include <cmath>
 #include <lacuna/sdk.hpp>
 #include <lacuna/sdk/carried_lists.hpp>
 
@@ -48,7 +49,9 @@ struct Tidal : Strategy {
   void mark(Context& c, const Budget& b, Selection& s) override {
     const i64 length = c.last_queries(1).first_position + 1, rows = s.rows.count();
     const bool limited = b.limited != 0;
-    const PositionLists lists = carried_lists(c, rows, limited ? length : std::min<i64>(params.k, length));
+    const double wanted = b.density > 0 ? std::floor(b.density * static_cast<double>(length) + .5) : 0;
+    const i64 most = !limited ? params.k : wanted > 0 ? static_cast<i64>(wanted) : length;
+    const PositionLists lists = carried_lists(c, rows, std::clamp<i64>(most, 1, length));
     const auto& selecting = params.select_layers;
     if (std::find(selecting.begin(), selecting.end(), c.layer().index) != selecting.end()) {
       choose(c, b, lists);

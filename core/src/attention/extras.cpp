@@ -23,9 +23,13 @@ void attend_extras(const Device& device, const Attention& a, float* workspace, f
     if (tile < 0 || tile >= rows.tiles) return -1;
     return (seq * rows.heads + head / heads_per_row) * rows.tiles + tile;
   };
+  // A strategy that counts beyond its room must not lead out of it.
+  const auto count_of = [=] LACUNA_HD(i64 row) -> i64 {
+    return read.extra_count[row] < room ? read.extra_count[row] : room;
+  };
   for_each(device, n * room, [=] LACUNA_HD(i64 e) {
     const i64 query = e / room, extra = e % room, row = row_of(query);
-    if (row < 0 || extra >= read.extra_count[row]) return;
+    if (row < 0 || extra >= count_of(row)) return;
     const i64 i = query % q.count, head = query / q.count % q.heads, seq = query / q.count / q.heads;
     const float* key = read.extra_k + (row * room + extra) * d;
     float dot = 0.f;
@@ -34,15 +38,15 @@ void attend_extras(const Device& device, const Attention& a, float* workspace, f
   });
   for_each(device, n * d, [=] LACUNA_HD(i64 e) {
     const i64 query = e / d, c = e % d, row = row_of(query);
-    if (row < 0 || read.extra_count[row] == 0) return;
+    if (row < 0 || count_of(row) == 0) return;
     const float* logit = workspace + query * room;
-    const i32 count = read.extra_count[row];
+    const i64 count = count_of(row);
     const float old = lse[query];
     float most = old;
-    for (i32 x = 0; x < count; ++x) most = logit[x] > most ? logit[x] : most;
+    for (i64 x = 0; x < count; ++x) most = logit[x] > most ? logit[x] : most;
     double total = exp(static_cast<double>(old) - static_cast<double>(most));
     double sum = total * static_cast<double>(out[e]);
-    for (i32 x = 0; x < count; ++x) {
+    for (i64 x = 0; x < count; ++x) {
       const double p = exp(static_cast<double>(logit[x]) - static_cast<double>(most));
       total += p;
       sum += p * static_cast<double>(read.extra_v[(row * room + x) * d + c]);
@@ -51,13 +55,13 @@ void attend_extras(const Device& device, const Attention& a, float* workspace, f
   });
   for_each(device, n, [=] LACUNA_HD(i64 query) {
     const i64 row = row_of(query);
-    if (row < 0 || read.extra_count[row] == 0) return;
+    if (row < 0 || count_of(row) == 0) return;
     const float* logit = workspace + query * room;
+    const i64 count = count_of(row);
     float most = lse[query];
-    for (i32 x = 0; x < read.extra_count[row]; ++x) most = logit[x] > most ? logit[x] : most;
+    for (i64 x = 0; x < count; ++x) most = logit[x] > most ? logit[x] : most;
     double total = exp(static_cast<double>(lse[query]) - static_cast<double>(most));
-    for (i32 x = 0; x < read.extra_count[row]; ++x)
-      total += exp(static_cast<double>(logit[x]) - static_cast<double>(most));
+    for (i64 x = 0; x < count; ++x) total += exp(static_cast<double>(logit[x]) - static_cast<double>(most));
     lse[query] = static_cast<float>(static_cast<double>(most) + log(total));
   });
 }

@@ -94,6 +94,8 @@ void rank_scores(StrategyRuntime& strategy, KvCache& cache, const LayerSetup& se
   fill_floats(scratch.device(), out.value, kNone, values);
   if (!strategy.instance().has_score()) {
     if (out.rows.per_query_head) refuse("scores of query heads", "a strategy that chooses for KV heads");
+    if (!strategy.entry().takes_budget && !strategy.resolved().type->always_dense())
+      refuse("a base that takes a budget", "one with a size of its own");
     score_retained(strategy, cache, scratch, span, out);
     return;
   }
@@ -108,6 +110,10 @@ void rank_scores(StrategyRuntime& strategy, KvCache& cache, const LayerSetup& se
 
 void rank_subset(StrategyRuntime& strategy, const KvCache& cache, const LayerSetup& setup, const CallSpan& span,
                  const Subset& subset, Scores& out) {
+  if (strategy.wants_attended())
+    throw lacuna::Error(Problem{std::string("strategy '") + strategy.entry().name + "' scores by what all queries read",
+                                "a base that scores cached tokens by themselves", "one that looks at all attention",
+                                "the base of an evict role", "choose another base"});
   Scratch& scratch = *setup.scratch;
   const Scratch::Frame frame(scratch);
   const i32 heads = setup.layer.num_kv_heads;
@@ -205,7 +211,7 @@ Eviction decide_eviction(StrategyRuntime* strategy, StrategyRuntime* allocator, 
   if (strategy && strategy->instance().has_score() && !(explicit_retain && !allocator)) {
     scores.rows = scored;
     scores = ask_scores(*strategy, cache, span, scratch, scores, rows, options.check, static_cast<double>(cached));
-    if (shared_out && !strategy->entry().comparable_across_heads) {
+    if (shared_out && !strategy->comparable_across_heads()) {
       std::vector<i32> count;
       for (i64 r = 0; r < rows.count(); ++r) count.push_back(length[static_cast<std::size_t>(rows.kv_row(r, heads))]);
       const i32* counts = scratch.take_copy(count.data(), rows.count());
@@ -275,7 +281,9 @@ Eviction decide_eviction(StrategyRuntime* strategy, StrategyRuntime* allocator, 
                                     "an evict strategy beside it", "none", "the cell's evict role",
                                     "add evict = {name = ...}"});
       else {
-        out.floor |= static_cast<i64>(ends(cached_here, plan.sinks, plan.recent).size()) > wanted;
+        const float* const row = values.data() + r * cached;
+        out.floor |= static_cast<i64>(ends(cached_here, plan.sinks, plan.recent).size()) > wanted ||
+                     std::count(row, row + cached_here, -kNone) > wanted;
         kept = keep_best(values.data() + r * cached, cached_here, wanted, plan.sinks, plan.recent);
       }
       list.insert(list.end(), kept.begin(), kept.end());

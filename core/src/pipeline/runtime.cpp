@@ -226,6 +226,9 @@ class StrategyRuntime::Services final : public sdk::Services {
 
  private:
   Rotation rotation() {
+    if (self_.turned_)
+      throw lacuna::Error(Problem{"what was before RoPE is not known once keys were rotated to their slots", "", "",
+                                  "positions = compacted", "use positions = \"original\" beside later evictions"});
     if (!self_.setup_.rope) throw lacuna::Error(Problem{"no rotary positions are known here", "", "", "", ""});
     const std::vector<double>& frequency = self_.setup_.rope->frequencies();
     const auto bytes = static_cast<i64>(frequency.size() * sizeof(double));
@@ -347,6 +350,7 @@ Cost StrategyRuntime::cost() const {
 void StrategyRuntime::set_queries(const QuerySource& queries) {
   if (base_) base_->set_queries(queries);
   setup_.queries = queries;
+  turned_ = true;
 }
 
 Culprit StrategyRuntime::culprit(const char* role) const { return {entry().name, role, setup_.layer.index}; }

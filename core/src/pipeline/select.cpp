@@ -230,7 +230,7 @@ class Chooser {
   /// An allocator moves pairs between the rows of the range.
   void allocate(Scores& scores, Budget& budget, Choice& out) {
     const i64 n = budget.rows.count();
-    if (!strategy_.entry().comparable_across_heads) {
+    if (!strategy_.comparable_across_heads()) {
       i32* count = scratch_.take<i32>(n);
       row_units(device_, kv_.length, budget.rows, rule_, count);
       strategy_.with_ops(cache_, span_, [&](CoreOps& ops) {

@@ -99,7 +99,7 @@ CalibrationFile calibrate(const Resolved& strategy, const std::vector<Trace>& tr
       runtime.calibrate(cache, {Phase::prefill, -1, 0, trace.info().tokens()}, collected);
       ++collected.trace;
     }
-    file.layers[layer] = std::move(collected.arrays);
+    if (!collected.arrays.empty()) file.layers[layer] = std::move(collected.arrays);
   }
   file.metadata["strategy"] = type.name();
   file.metadata["strategy_id"] = type.id();
@@ -186,7 +186,8 @@ namespace {
 void fill_data(std::vector<Cell>& cells, const std::vector<Trace>& traces) {
   std::map<std::string, std::shared_ptr<const CalibrationFile>> known;
   const auto fill = [&](Resolved& strategy) {
-    if (!(strategy.type->entry().needs & kNeedsData) || !strategy.data.empty()) return;
+    const sdk::Entry& entry = strategy.type->entry();
+    if (!(entry.needs & kNeedsData) || !entry.calibrate || !strategy.data.empty()) return;
     auto& file = known[strategy.type->name() + strategy.own.dump()];
     if (!file) file = std::make_shared<CalibrationFile>(calibrate(strategy, traces));
     strategy.data[data_parameter(*strategy.type)] = file;

@@ -34,14 +34,17 @@ std::string missing_of(const Resolved& strategy, const Trace& trace, bool allow_
     return "needs W_O, which the trace has not";
   if ((needs & kNeedsQuestion) && !info.segment("question")) return "needs a question, which the trace has not";
   if ((needs & kNeedsData) && strategy.data.empty())
-    return "needs a calibration file: lacuna calibrate " + strategy.type->name() + " --trace FILE --out FILE";
+    return strategy.type->entry().calibrate
+               ? "needs a calibration file: lacuna calibrate " + strategy.type->name() + " --trace FILE --out FILE"
+               : "needs a file with its numbers";
   if (strategy.knob && strategy.knob->calibrated_on.empty())
     return "needs traces to set '" + strategy.knob->name + "' on: [calibration] files";
   if (!allow_leak && strategy.knob && calibrated_on(*strategy.knob, trace))
     return "refused: calibrated on this very trace (allow_leak = true permits it)";
   for (const auto& [name, file] : strategy.data) {
     for (const int layer : info.captured_layers)
-      if (!file->layers.contains(layer))
+      if ((needs & kNeedsData) && strategy.type->entry().calibrate && !strategy.keeps_dense(layer) &&
+          info.layer(layer).sliding_window == 0 && !file->layers.contains(layer))
         return "needs a calibration of layer " + std::to_string(layer) + ", and the file of '" + name + "' has none";
     if (!allow_leak && file->made_from(trace.content_id()))
       return "refused: calibrated on this very trace (allow_leak = true permits it)";
@@ -51,8 +54,8 @@ std::string missing_of(const Resolved& strategy, const Trace& trace, bool allow_
 
 }  // namespace
 
-bool asks_for(const Cell& cell, Needs need) {
-  return any_strategy(cell, [&](const Resolved& r) { return (r.type->entry().needs & need) != 0; });
+bool asks_for(const Cell& cell, i32 needs) {
+  return any_strategy(cell, [&](const Resolved& r) { return (r.type->entry().needs & needs) != 0; });
 }
 
 std::string missing_need(const Cell& cell, const Trace& trace, bool allow_leak) {

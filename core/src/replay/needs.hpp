@@ -9,8 +9,11 @@
 
 namespace lacuna {
 
-/// Whether a strategy of the cell, or its base, declares the need.
-bool asks_for(const Cell& cell, sdk::Needs need);
+/// Whether a strategy of the cell, or its base, declares one of the needs.
+bool asks_for(const Cell& cell, sdk::i32 needs);
+/// What only a trace of the model itself can serve.
+inline constexpr sdk::i32 kNeedsOfTrace =
+    sdk::kNeedsAllLayers | sdk::kNeedsProjection | sdk::kNeedsStatistics | sdk::kNeedsQuestion | sdk::kNeedsData;
 /// What the trace or the settings lack for the cell ("needs W_O, which the trace has not"), or "". A cell that was
 /// calibrated on this very trace lacks another one, unless `allow_leak`.
 std::string missing_need(const Cell& cell, const Trace& trace, bool allow_leak);

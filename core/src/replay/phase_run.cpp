@@ -130,7 +130,7 @@ void run_steps(PhaseRun& run, LayerReplay& layer, LayerPipeline& pipeline, Colle
 }
 
 void mark_roles(PhaseRun& run, const Roles& roles, ReplayPhase phase) {
-  for (const Resolved* role : {roles.select, roles.evict})
+  for (const Resolved* role : {roles.select, roles.evict, roles.allocate})
     for (const Resolved* r = role; r; r = r->base.get()) {
       const auto& e = r->type->entry();
       if (e.clairvoyant) run.marks.push_back("clairvoyant");

@@ -83,7 +83,10 @@ struct AcrossLayers {
   std::map<std::pair<int, ReplayPhase>, CarriedArrays> carried;  // a cell has one cut
   std::vector<double> entropy;                                   // [num_layers], where a cell asks for it
 
-  bool acts(int cell, ReplayPhase phase) const { return !skipped.contains({cell, phase}); }
+  std::set<int> now;  // the cells of this pass over the layers
+  bool noise = true;  // the pass gives the noise floor
+
+  bool acts(int cell, ReplayPhase phase) const { return now.contains(cell) && !skipped.contains({cell, phase}); }
   const double* entropy_data() const { return entropy.empty() ? nullptr : entropy.data(); }
 };
 
@@ -142,7 +145,7 @@ class LayerRun {
         if (&p.layer == &layer) return p;
       return places.emplace_back(Place{layer, make_reference(layer, phase, q.begin, q.end), {}});
     };
-    noise(place_of(layer_).ref);
+    if (across_.noise) noise(place_of(layer_).ref);
     for (std::size_t i = 0; i < cells_.size(); ++i) {
       if (options_.stop && options_.stop()) break;
       const Cell& cell = cells_[i];
@@ -362,12 +365,14 @@ namespace {
 
 /// Layers of a short trace that a GPU works on at a time: their steps are short, and the host's part of one runs beside
 /// the others'. One where layers carry anything to the next, or memory is not plentiful.
-int layers_at_once(const Trace& trace, const std::vector<Cell>& cells, const ReplayOptions& options) {
+int layers_at_once(const Trace& trace, const std::vector<Cell>& cells, const ReplayOptions& options,
+                   const AcrossLayers& across) {
   constexpr int kMost = 8, kThreadsEach = 2;
   constexpr i64 kShort = 16384;
   const TraceInfo& info = trace.info();
-  const bool in_order =
-      std::any_of(cells.begin(), cells.end(), [](const Cell& c) { return asks_for(c, kNeedsAllLayers); });
+  const bool in_order = std::any_of(across.now.begin(), across.now.end(), [&](int c) {
+    return asks_for(cells[static_cast<std::size_t>(c)], kNeedsAllLayers);
+  });
   if (!options.device->on_device() || in_order || info.tokens() > kShort) return 1;
   const std::size_t layer = LayerReplay::memory(trace, info.captured_layers.front(), options.page_size).total();
   const auto room = static_cast<int>(std::min<std::size_t>(kMost, options.device->free_bytes() / (4 * layer)));
@@ -379,7 +384,7 @@ std::vector<ReplayResult> run_layers(const Trace& trace, const std::vector<Cell>
                                      AcrossLayers& across) {
   const std::vector<int>& layers = trace.info().captured_layers;
   std::vector<ReplayResult> out(layers.size());
-  const int at_once = layers_at_once(trace, cells, options);
+  const int at_once = layers_at_once(trace, cells, options, across);
   trace.content_id();  // computed at its first call
   std::mutex reporting;
   std::atomic<std::size_t> next = 0;
@@ -398,13 +403,15 @@ std::vector<ReplayResult> run_layers(const Trace& trace, const std::vector<Cell>
   if (at_once == 1) {
     work(options);
   } else {
+    std::vector<std::shared_ptr<Device>> devices;  // a stream each
+    for (int t = 0; t < at_once; ++t) devices.push_back(cuda_device());
     std::vector<std::jthread> threads;
     const int host_threads = std::max(1, omp_get_max_threads() / at_once);
     for (int t = 0; t < at_once; ++t)
-      threads.emplace_back([&, host_threads] {
+      threads.emplace_back([&, host_threads, device = devices[static_cast<std::size_t>(t)]] {
         omp_set_num_threads(host_threads);
         ReplayOptions mine = options;
-        mine.device = cuda_device();  // a stream of its own
+        mine.device = device;
         if (options.on_row)
           mine.on_row = [&](const Row& row) {
             const std::lock_guard lock(reporting);
@@ -415,6 +422,43 @@ std::vector<ReplayResult> run_layers(const Trace& trace, const std::vector<Cell>
   }
   for (const std::exception_ptr& e : thrown)
     if (e) std::rethrow_exception(e);
+  return out;
+}
+
+/// One layer's rows of two passes, as one pass would have given them: by phase and cut, then by cell.
+std::vector<Row> merged(std::vector<Row> rows, std::vector<Row> more) {
+  if (more.empty()) return rows;
+  std::move(more.begin(), more.end(), std::back_inserter(rows));
+  std::vector<std::pair<ReplayPhase, i64>> parts;
+  const auto part = [&](const Row& row) {
+    return std::find(parts.begin(), parts.end(), std::pair(row.phase, row.cut)) - parts.begin();
+  };
+  for (const Row& row : rows)
+    if (part(row) == static_cast<std::ptrdiff_t>(parts.size())) parts.emplace_back(row.phase, row.cut);
+  std::stable_sort(parts.begin(), parts.end(), [](const auto& a, const auto& b) { return a.first < b.first; });
+  std::stable_sort(rows.begin(), rows.end(),
+                   [&](const Row& a, const Row& b) { return std::pair(part(a), a.cell) < std::pair(part(b), b.cell); });
+  return rows;
+}
+
+/// Layers side by side for the cells that allow it; a second pass, in order, for those that carry something from layer
+/// to layer.
+std::vector<std::vector<Row>> run_passes(const Trace& trace, const std::vector<Cell>& cells,
+                                         const ReplayOptions& options, AcrossLayers& across) {
+  std::set<int> in_order, free;
+  for (std::size_t i = 0; i < cells.size(); ++i)
+    (asks_for(cells[i], kNeedsAllLayers) ? in_order : free).insert(static_cast<int>(i));
+  across.now = free;
+  if (layers_at_once(trace, cells, options, across) == 1) across.now.merge(in_order);
+  std::vector<ReplayResult> first = run_layers(trace, cells, options, across), second(first.size());
+  if (!in_order.empty()) {
+    across.now = in_order;
+    across.noise = false;
+    second = run_layers(trace, cells, options, across);
+  }
+  std::vector<std::vector<Row>> out;
+  for (std::size_t i = 0; i < first.size(); ++i)
+    out.push_back(merged(std::move(first[i].rows), std::move(second[i].rows)));
   return out;
 }
 
@@ -457,8 +501,8 @@ ReplayResult replay(const Trace& trace, const std::vector<Cell>& cells, const Re
   for (std::size_t i = 0; i < cells.size(); ++i)
     for (const ReplayPhase phase : options.phases) across.carried[{static_cast<int>(i), phase}];
   across.entropy = layer_entropy(trace, cells);
-  for (ReplayResult& of_layer : run_layers(trace, cells, options, across))
-    std::move(of_layer.rows.begin(), of_layer.rows.end(), std::back_inserter(result.rows));
+  for (std::vector<Row>& of_layer : run_passes(trace, cells, options, across))
+    std::move(of_layer.begin(), of_layer.end(), std::back_inserter(result.rows));
   return result;
 }
 

@@ -7,6 +7,7 @@
 #include "lacuna/base/error.hpp"
 #include "lacuna/pipeline/budget.hpp"
 #include "lacuna/replay/replay.hpp"
+#include "replay/needs.hpp"
 #include "replay/phase_run.hpp"
 #include "replay/timing_bench.hpp"
 
@@ -52,6 +53,11 @@ class LengthRun {
     return timed(index, phase, [&](CostRow& row) {
       if (layer_.device()->on_device() && !runs_on_device(cell)) {
         row.untimed = "a strategy without code for the GPU";
+        return;
+      }
+      if (asks_for(cell, kNeedsOfTrace)) {
+        row.untimed =
+            "needs what a layer of another shape has not: other layers, W_O, statistics, a question or a calibration";
         return;
       }
       if (is_clairvoyant(cell.select) || is_clairvoyant(cell.evict)) row.flags.emplace_back("clairvoyant");

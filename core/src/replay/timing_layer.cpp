@@ -178,7 +178,7 @@ LayerSetup TimedLayer::setup(std::uint64_t seed) const {
   s.kv = {k_.data(), v_.data(), dtype_, tokens_};
   s.rope = &rope_;
   s.seed = seed;
-  s.max_tokens = tokens_;
+  s.max_tokens = s.prompt_tokens = tokens_;
   s.scratch = std::make_shared<Scratch>(device_);
   return s;
 }

@@ -238,7 +238,9 @@ KnobEnds knob_ends(const ParamSpec& knob) {
   const Interval in = *interval(knob.range);
   const double usual = std::max(Json::parse(knob.default_json).get<double>(), 1.0);
   const double step = knob.type == "int" ? 1 : kInside;
-  return {in.lo.value_or(0) + (in.lo_open ? step : 0), in.hi ? *in.hi - (in.hi_open ? step : 0) : kFar * usual};
+  // A closed end that is the default switches the knob off: it is another method.
+  const bool off = in.lo && *in.lo == Json::parse(knob.default_json).get<double>();
+  return {in.lo.value_or(0) + (in.lo_open || off ? step : 0), in.hi ? *in.hi - (in.hi_open ? step : 0) : kFar * usual};
 }
 
 std::string near_name(const std::string& name, const std::vector<std::string>& known) {

@@ -115,6 +115,8 @@ class Resolver {
 
   /// The density becomes what the strategy's knob is to realise.
   void turn_into_knob(Resolved& out) const {
+    if (is_base_)
+      refuse(place_.owner + ": calibrate = true in a base", "in the outer table, whose density it reaches", "base", "");
     const auto knob = std::find_if(specs_.begin(), specs_.end(), [](const ParamSpec& p) { return p.budget_knob; });
     if (role_ != RoleKind::select || knob == specs_.end())
       refuse(place_.owner + ": calibrate = true", "a select strategy with a budget knob", "none", "Remove calibrate.");

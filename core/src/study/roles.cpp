@@ -20,7 +20,8 @@ const StrategyType& type_of(const Registry& registry, const Json& role) {
 
 bool has_key(const Registry& registry, const Json& role, RoleKind kind, const std::string& key) {
   const StrategyType& type = type_of(registry, role);
-  if (is_budget_kind(key) || key == "shape") return kind != RoleKind::allocate && type.entry().takes_budget;
+  if (is_budget_kind(key) || key == "shape")
+    return kind != RoleKind::allocate && (type.entry().takes_budget || role.value("calibrate", Json(false)) == true);
   if (key == "preset") return !type.presets().empty();
   if (key == "calibrate") return kind == RoleKind::select;
   if (key == "base") return type.entry().wrapper != 0;
@@ -82,12 +83,12 @@ void add_budget(const Registry& registry, Json& role, RoleKind kind, const Json&
     role.erase("density");
     return;
   }
-  if (type.entry().wrapper && kind == RoleKind::select) {  // in eviction a base only ranks
+  const bool calibrates = role.value("calibrate", Json(false)) == true;
+  if (type.entry().wrapper && kind == RoleKind::select && !calibrates) {  // in eviction a base only ranks
     if (role.contains("base")) add_budget(registry, role["base"], kind, budget);
     return;
   }
   const auto& kinds = budget_kinds();
-  const bool calibrates = role.value("calibrate", Json(false)) == true;
   if (!(type.entry().takes_budget || calibrates) ||
       std::any_of(kinds.begin(), kinds.end(), [&](const auto& k) { return role.contains(k); }))
     return;

@@ -120,6 +120,11 @@ class StrategyRuntime {
   /// Whether its selections have tokens that are in no cache.
   bool adds_extras() const { return instance_.has_mark() && plan_.max_extras > 0; }
 
+  /// Whether its scores of different heads may be compared: said by itself, or by the base whose scores it passes on.
+  bool comparable_across_heads() const {
+    return entry().comparable_across_heads || (base_ && instance_.has_score() && base_->comparable_across_heads());
+  }
+
   bool wants_attended() const { return instance_.has_attended() || (base_ && base_->wants_attended()); }
   bool rewrites() const { return instance_.has_rewrite() || (base_ && base_->rewrites()); }
 
@@ -138,7 +143,7 @@ class StrategyRuntime {
   sdk::Common common_;
   std::unique_ptr<StrategyRuntime> base_;
   sdk::Plan plan_{};
-  bool planned_ = false;
+  bool planned_ = false, turned_ = false;  // turned: queries and keys sit at slots, not at their positions
   std::map<std::string, Buffer<std::byte>> states_;
   std::map<std::string, Buffer<std::byte>> uploads_;  // what calls were given of host memory, on a device
   std::map<sdk::i32, bool> indexed_;
