@@ -54,19 +54,6 @@ struct Segments {
 
 constexpr i64 kParts = 128;  // of a row's minimum
 
-/// Index of the first of n ascending values that is at least `value`; n where none is.
-LACUNA_HD i64 first_not_below(const i32* values, i64 n, i64 value) {
-  i64 lo = 0;
-  while (lo < n) {
-    const i64 middle = (lo + n) / 2;
-    if (values[middle] < value)
-      lo = middle + 1;
-    else
-      n = middle;
-  }
-  return lo;
-}
-
 struct Cluster : Strategy {
   struct Params {
     i32 segment = 8192, per_cluster = 16;

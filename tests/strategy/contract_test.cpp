@@ -41,7 +41,7 @@ struct ScoreTable {
 struct BudgetTable {
   std::vector<i64> tokens = std::vector<i64>(4, 4), pairs = std::vector<i64>(4, 16);
   std::vector<i32> rule = std::vector<i32>(4, 0), sinks = std::vector<i32>(4, 0), recent = std::vector<i32>(4, 0);
-  Budget budget{kPrefill, tokens.data(), pairs.data(), rule.data(), sinks.data(), recent.data(), 1, 0, 0, 0};
+  Budget budget{kPrefill, tokens.data(), pairs.data(), rule.data(), sinks.data(), recent.data(), 1, 0, 0, 0, -1};
   BudgetTable() = default;
   BudgetTable(const BudgetTable&) = delete;
 };
@@ -73,7 +73,12 @@ struct SelectionTable {
             window.data(),
             full.data(),
             piece_weight.data(),
-            token_weight.data()} {
+            token_weight.data(),
+            0,
+            nullptr,
+            nullptr,
+            nullptr,
+            nullptr} {
     for (int r = 0; r < 4; ++r) tokens[r * 3] = 3, tokens[r * 3 + 1] = 1;
     if (!rows.per_query_head) piece_count.assign(4, 0);
   }
