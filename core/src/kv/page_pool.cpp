@@ -51,6 +51,9 @@ PagePool::Impl::Impl(std::shared_ptr<Device> device_in, i32 page_size_in, i32 he
   references_.assign(static_cast<std::size_t>(max_pages), 0);
   free_.resize(static_cast<std::size_t>(max_pages));
   std::iota(free_.begin(), free_.end(), 0);  // ascending is a heap
+  // Pages are copied whole, whatever is written of them.
+  if (device->on_device() && !poison)
+    for (const Buffer<std::byte>* array : {&k, &v}) device->fill(array->data(), 0, static_cast<std::size_t>(bytes));
   fill_slots(static_cast<i64>(poison ? 0 : null_page()) * page_size, slots);
 }
 

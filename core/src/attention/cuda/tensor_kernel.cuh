@@ -6,6 +6,8 @@
 // the eight rows of a matrix load lie in different banks. One barrier a block.
 #pragma once
 
+#include <mutex>
+
 #include "launch.hpp"
 #include "mma.cuh"
 
@@ -303,8 +305,15 @@ template <Dtype kType, int kHeadDim, int kWarps>
 void launch_tensor_kernel(const Job& job, i64 blocks, cudaStream_t stream) {
   using Shape = TensorShape<kHeadDim, kWarps>;
   const std::size_t bytes = Shape::shared_bytes(job.split_queries);
-  cudaFuncSetAttribute(tensor_kernel<kType, kHeadDim, kWarps>, cudaFuncAttributeMaxDynamicSharedMemorySize,
-                       static_cast<int>(bytes));
+  {
+    // The limit must not shrink between another thread's call and its launch.
+    static std::mutex setting;
+    static std::size_t most = 0;
+    const std::lock_guard lock(setting);
+    most = bytes > most ? bytes : most;
+    cudaFuncSetAttribute(tensor_kernel<kType, kHeadDim, kWarps>, cudaFuncAttributeMaxDynamicSharedMemorySize,
+                         static_cast<int>(most));
+  }
   tensor_kernel<kType, kHeadDim, kWarps><<<static_cast<unsigned>(blocks), Shape::kThreads, bytes, stream>>>(job);
   check_launch("attention on tensor cores");
 }
