@@ -10,6 +10,7 @@
 // reads depends on the path; here the best pages are read. gqa = max or sum reduces over the layer's heads instead of
 // the mean.
 #include <lacuna/sdk.hpp>
+#include <lacuna/sdk/key_bounds.hpp>
 
 namespace {
 using namespace lacuna::sdk;
@@ -63,14 +64,9 @@ struct ArkVale : Strategy {
     c.for_each(dirty.rows * units * d, [=] LACUNA_HD(i64 i) {
       const i64 channel = i % d, row = i / d / units, unit = dirty.begin[row] + i / d % units;
       if (unit >= dirty.end[row]) return;
-      const i64 begin = unit * page, end = begin + page < kv.length[row] ? begin + page : kv.length[row];
-      float lo = kv.key(row, begin, channel), hi = lo;
-      for (i64 t = begin + 1; t < end; ++t) {
-        const float k = kv.key(row, t, channel);
-        lo = k < lo ? k : lo;
-        hi = k > hi ? k : hi;
-      }
-      const float middle = (lo + hi) / 2.f;
+      const i64 begin = unit * page, end = unit_end(kv, row, unit, page);
+      const KeyRange r = key_range(kv, row, begin, end, channel);
+      const float middle = (r.lo + r.hi) / 2.f;
       float sum = 0.f;
       for (i64 t = begin; t < end; ++t) sum += fabsf(kv.key(row, t, channel) - middle);
       centre.at(row, unit, channel) = middle;

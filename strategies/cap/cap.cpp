@@ -8,6 +8,7 @@
 //   the sinks are kept; no recent tokens.
 #include <lacuna/sdk.hpp>
 #include <lacuna/sdk/future_query.hpp>
+#include <lacuna/sdk/gqa.hpp>
 #include <lacuna/sdk/linear.hpp>
 
 namespace {
@@ -39,12 +40,15 @@ struct WeightedValues {
   }
 };
 
-struct ValueAt {
-  const void* data;
-  Dtype dtype;
-  i64 at;
+/// Leverage of one slot's value under each head's weights.
+struct Leverage {
+  const double *weight, *inverted;  // [heads, n], [heads, d, d]
+  i64 n, d, slot;
+  CachedVector v;
 
-  LACUNA_HD double operator()(i64 e) const { return load(data, dtype, at + e); }
+  LACUNA_HD double operator()(i64 head) const {
+    return weight[head * n + slot] * quadratic_form(inverted + head * d * d, d, v);
+  }
 };
 
 struct Cap : Strategy {
@@ -105,15 +109,8 @@ struct Cap : Strategy {
     c.for_each(rows.count() * n, [=] LACUNA_HD(i64 i) {
       const i64 row = i / n, slot = i % n, kv_row = rows.kv_row(row, heads_kv);
       if (!inner.holds(slot, kv.length[kv_row])) return;
-      const i64 first = rows.per_query_head ? row : row * group, count = rows.per_query_head ? 1 : group;
-      const ValueAt v{kv.v, kv.dtype, place[kv_row * n + slot]};
-      double reduced = 0;
-      for (i64 head = first; head < first + count; ++head) {
-        const double leverage = weight[head * n + slot] * quadratic_form(inverted + head * d * d, d, v);
-        reduced = gqa == Gqa::max ? fmax(reduced, leverage) : reduced + leverage;
-      }
-      if (gqa == Gqa::mean) reduced /= static_cast<double>(count);
-      value[row * stride + slot] = static_cast<float>(reduced);
+      const Leverage leverage{weight, inverted, n, d, slot, {kv.v, kv.dtype, place[kv_row * n + slot]}};
+      value[row * stride + slot] = static_cast<float>(reduce_heads(rows, row, group, gqa, leverage));
     });
     c.charge(1.0 * kv.rows * n * d * size_of(kv.dtype) + 4.0 * rows.count() * n, 1.0 * heads * n * d * d);
   }

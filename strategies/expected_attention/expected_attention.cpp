@@ -9,17 +9,18 @@
 //   the sinks are kept; no recent tokens.
 #include <lacuna/sdk.hpp>
 #include <lacuna/sdk/future_query.hpp>
+#include <lacuna/sdk/gqa.hpp>
 #include <lacuna/sdk/linear.hpp>
 
 namespace {
 using namespace lacuna::sdk;
 
-struct KeyAt {
-  const void* data;
-  Dtype dtype;
-  i64 at;
+/// Probabilities [heads, n] of one slot.
+struct Expected {
+  const double* p;
+  i64 n, slot;
 
-  LACUNA_HD double operator()(i64 e) const { return load(data, dtype, at + e); }
+  LACUNA_HD double operator()(i64 head) const { return p[head * n + slot]; }
 };
 
 /// Logits [heads, n] of the slots that count, and what the softmax adds up: exp(logit - largest).
@@ -90,13 +91,7 @@ struct ExpectedAttention : Strategy {
     c.for_each(rows.count() * n, [=] LACUNA_HD(i64 i) {
       const i64 row = i / n, slot = i % n, kv_row = rows.kv_row(row, heads_kv);
       if (!inner.holds(slot, kv.length[kv_row])) return;
-      const i64 first = rows.per_query_head ? row : row * group, count = rows.per_query_head ? 1 : group;
-      double reduced = 0;
-      for (i64 head = first; head < first + count; ++head) {
-        const double x = p[head * n + slot];
-        reduced = gqa == Gqa::max ? fmax(reduced, x) : reduced + x;
-      }
-      if (gqa == Gqa::mean) reduced /= static_cast<double>(count);
+      double reduced = reduce_heads(rows, row, group, gqa, Expected{p, n, slot});
       if (norms) {
         double square = 0;
         const i64 at = kv.physical(kv_row, slot) * d;
@@ -125,7 +120,7 @@ struct ExpectedAttention : Strategy {
     c.for_each(heads * n, [=] LACUNA_HD(i64 i) {
       const i64 head = i / n, slot = i % n, kv_row = head / group;
       if (!inner.holds(slot, kv.length[kv_row])) return;
-      const KeyAt k{kv.k, kv.dtype, kv.physical(kv_row, slot) * d};
+      const CachedVector k{kv.k, kv.dtype, kv.physical(kv_row, slot) * d};
       double dot = 0;
       for (i64 e = 0; e < d; ++e) dot += mean[head * d + e] * k(e);
       const double spread = covariance ? quadratic_form(covariance + head * d * d, d, k) : 0.0;

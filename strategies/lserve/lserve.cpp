@@ -12,6 +12,7 @@
 // The original's streaming heads read whole pages: 2 of sinks and 5 recent ones, the current one included.
 #include <lacuna/sdk.hpp>
 #include <lacuna/sdk/head_set.hpp>
+#include <lacuna/sdk/key_bounds.hpp>
 #include <lacuna/sdk/prompt.hpp>
 
 namespace {
@@ -69,22 +70,9 @@ struct LServe : Strategy {
   }
 
   void index(Context& c, const Dirty& dirty) override {
-    const auto lo = c.side<float>("min"), hi = c.side<float>("max");
+    bound_keys(c, dirty, c.side<float>("min"), c.side<float>("max"));
     const Paged kv = c.kv();
     const i64 d = kv.head_dim, sub_page = dirty.unit_tokens, units = dirty.max_units;
-    c.for_each(dirty.rows * units * d, [=] LACUNA_HD(i64 i) {
-      const i64 channel = i % d, row = i / d / units, unit = dirty.begin[row] + i / d % units;
-      if (unit >= dirty.end[row]) return;
-      const i64 begin = unit * sub_page, end = begin + sub_page < kv.length[row] ? begin + sub_page : kv.length[row];
-      float m = kv.key(row, begin, channel), M = m;
-      for (i64 t = begin + 1; t < end; ++t) {
-        const float k = kv.key(row, t, channel);
-        m = k < m ? k : m;
-        M = k > M ? k : M;
-      }
-      lo.at(row, unit, channel) = m;
-      hi.at(row, unit, channel) = M;
-    });
     const double keys = static_cast<double>(dirty.rows) * static_cast<double>(units * sub_page * d);
     c.charge(size_of(kv.dtype) * keys + 8.0 * keys / static_cast<double>(sub_page), 2.0 * keys);
   }
@@ -147,13 +135,8 @@ struct LServe : Strategy {
       if (scored[2 * row] == at && scored[2 * row + 1] == kv.length[row] - since) return;
       float best = -INFINITY;
       for (i64 u = unit * sub_pages; u < (unit + 1) * sub_pages && u * sub_page < kv.length[row]; ++u) {
-        float sum = 0.f;
-        for (i64 e = 0; e < d; ++e) {
-          const float x = q.at(head / (kv_heads * group), head % (kv_heads * group), 0, e);
-          const float a = x * lo.at(row, u, e), b = x * hi.at(row, u, e);
-          sum += a > b ? a : b;
-        }
-        best = sum > best ? sum : best;
+        const float bound = largest_product(q, head / q.heads, head % q.heads, lo, hi, row, u);
+        best = bound > best ? bound : best;
       }
       scores[head * stride + unit] = best;
     });

@@ -6,6 +6,7 @@
 // Preset sparse_frontier has that study's layers and shared pages; the study reads the current page on top of the
 // budget.
 #include <lacuna/sdk.hpp>
+#include <lacuna/sdk/key_bounds.hpp>
 
 namespace {
 using namespace lacuna::sdk;
@@ -46,22 +47,8 @@ struct Quest : Strategy {
   }
 
   void index(Context& c, const Dirty& dirty) override {
-    const auto lo = c.side<float>("min"), hi = c.side<float>("max");
-    const Paged kv = c.kv();
-    const i64 d = kv.head_dim, page = params.page_size, units = dirty.max_units;
-    c.for_each(dirty.rows * units * d, [=] LACUNA_HD(i64 i) {
-      const i64 channel = i % d, row = i / d / units, unit = dirty.begin[row] + i / d % units;
-      if (unit >= dirty.end[row]) return;
-      const i64 begin = unit * page, end = begin + page < kv.length[row] ? begin + page : kv.length[row];
-      float m = kv.key(row, begin, channel), M = m;
-      for (i64 t = begin + 1; t < end; ++t) {
-        const float k = kv.key(row, t, channel);
-        m = k < m ? k : m;
-        M = k > M ? k : M;
-      }
-      lo.at(row, unit, channel) = m;
-      hi.at(row, unit, channel) = M;
-    });
+    bound_keys(c, dirty, c.side<float>("min"), c.side<float>("max"));
+    const i64 d = c.kv().head_dim, page = params.page_size, units = dirty.max_units;
     c.charge(2.0 * dirty.rows * units * d * page, 2.0 * dirty.rows * units * d * page);
   }
 
@@ -76,13 +63,7 @@ struct Quest : Strategy {
     c.for_each(rows.count() * units, [=] LACUNA_HD(i64 i) {
       const i64 row = i / units, unit = i % units, kv_row = rows.kv_row(row, heads_kv);
       if (unit * page >= kv.length[kv_row]) return;
-      float sum = 0.f;
-      for (i64 e = 0; e < d; ++e) {
-        const float x = q.at(rows.seq_of(row), rows.head_of(row), 0, e);
-        const float a = x * lo.at(kv_row, unit, e), b = x * hi.at(kv_row, unit, e);
-        sum += a > b ? a : b;
-      }
-      value[row * stride + unit] = sum;
+      value[row * stride + unit] = largest_product(q, rows.seq_of(row), rows.head_of(row), lo, hi, kv_row, unit);
     });
     c.charge(8.0 * rows.count() / c.layer().group() * units * d, 4.0 * rows.count() * units * d);
   }

@@ -14,6 +14,7 @@
 #include <vector>
 
 #include "lacuna/attention/attention.hpp"
+#include "lacuna/base/error.hpp"
 #include "lacuna/strategy/instance.hpp"
 #include "lacuna/trace/trace.hpp"
 #include "staged_ops.hpp"
@@ -256,6 +257,7 @@ class Stage final : public sdk::Services {
   struct DeviceSelection {
     DeviceSelection(Stage& stage, const sdk::Rows& rows) : device(*stage.device_), weighted(stage.plan_.weighted) {
       const sdk::Plan& plan = stage.plan_;
+      if (plan.max_extras > 0) throw Error({"extra tokens cannot be had here", "", "", "", ""});
       const i64 n = rows.count(), most_pieces = plan.unit_tokens > 1 ? stage.cached_ / plan.unit_tokens + 1 : 0;
       const i64 p = plan.max_pieces >= 0 ? plan.max_pieces : most_pieces,
                 t = plan.max_tokens >= 0 ? plan.max_tokens : stage.cached_;

@@ -1,9 +1,9 @@
 // Every strategy of the build on the shipped trace: what its loops give on the GPU equals what they give on the CPU.
 #include <cmath>
 #include <functional>
-#include <set>
 #include <string>
 
+#include "lacuna/base/error.hpp"
 #include "lacuna/strategy/registry.hpp"
 #include "stage.hpp"
 
@@ -94,18 +94,12 @@ void compare_weights(const Outcome& gpu, const Outcome& cpu) {
   CHECK(far == 0);
 }
 
-/// The stage has one layer's queries and cache and nothing else: no file, no other layer, no positions before RoPE, no
-/// room for extra tokens. tests/replay compares the strategies that need more, on both backends, in a whole replay.
-bool served_by_stage(const StrategyType& type) {
-  static const std::set<std::string> kOthers = {"minference", "cluster",  "expected_attention",
-                                                "cap",        "leverage", "compactor"};
-  return type.entry().needs == 0 && !kOthers.contains(type.name());
-}
-
-/// Plays on the CPU, on the GPU and on the GPU again.
-void compare(const StrategyType& type, RoleKind role, Phase phase, Purpose purpose,
+/// Plays on the CPU, on the GPU and on the GPU again. False where the strategy asks for what the stage has not (a file,
+/// other layers, rows before RoPE, room for extra tokens): tests/replay compares those on both backends, in a whole
+/// replay.
+bool compare(const StrategyType& type, RoleKind role, Phase phase, Purpose purpose,
              const std::function<Outcome(Stage&)>& play) {
-  if (!served_by_stage(type)) return;
+  if (type.entry().needs != 0) return false;
   constexpr i32 kLayer = 9;
   const Resolved settings = resolved(type, role);
   const i64 cached = trace().info().prefill_tokens;
@@ -113,7 +107,14 @@ void compare(const StrategyType& type, RoleKind role, Phase phase, Purpose purpo
     Stage stage(device, settings, trace(), kLayer, phase, purpose, cached);
     return play(stage);
   };
-  const Outcome cpu = on(cpu_device()), gpu = on(kv_test::test_device()), again = on(kv_test::test_device());
+  Outcome cpu;
+  try {
+    cpu = on(cpu_device());
+  } catch (const Error& e) {
+    if (std::string(e.what()).find("cannot be had here") == std::string::npos) throw;
+    return false;
+  }
+  const Outcome gpu = on(kv_test::test_device()), again = on(kv_test::test_device());
   CHECK(gpu == again);
   compare_scores(gpu, cpu);
   compare_lists(gpu.pieces, cpu.pieces);
@@ -121,6 +122,7 @@ void compare(const StrategyType& type, RoleKind role, Phase phase, Purpose purpo
   compare_weights(gpu, cpu);
   CHECK(gpu.rules == cpu.rules);
   CHECK(gpu.targets == cpu.targets);
+  return true;
 }
 
 Outcome select(Stage& stage, const sdk::Entry& entry) {
@@ -135,8 +137,8 @@ void select_all(sdk::Phases in, Phase phase) {
     if (!type->can_select() || !type->in_phase(in)) continue;
     const std::string name = type->name();
     CAPTURE(name);
-    compare(*type, RoleKind::select, phase, Purpose::select, [&](Stage& s) { return select(s, type->entry()); });
-    ++compared;
+    compared +=
+        compare(*type, RoleKind::select, phase, Purpose::select, [&](Stage& s) { return select(s, type->entry()); });
   }
   CHECK(compared > 4);
 }
@@ -157,12 +159,11 @@ TEST_CASE("GPU: every strategy that evicts gives the CPU's choice") {
     if (!type->can_evict() || type->entry().wrapper) continue;  // the stage has no base to rank by
     const std::string name = type->name();
     CAPTURE(name);
-    compare(*type, RoleKind::evict, Phase::prefill, Purpose::evict, [&](Stage& s) {
+    compared += compare(*type, RoleKind::evict, Phase::prefill, Purpose::evict, [&](Stage& s) {
       s.attended();
       s.index();
       return type->entry().retain ? s.retain() : s.score();
     });
-    ++compared;
   }
   CHECK(compared > 4);
 }
@@ -173,8 +174,8 @@ TEST_CASE("GPU: every strategy that allocates rows gives the CPU's targets") {
     if (!type->entry().allocate_rows) continue;
     const std::string name = type->name();
     CAPTURE(name);
-    compare(*type, RoleKind::allocate, Phase::prefill, Purpose::evict, [](Stage& s) { return s.allocate(); });
-    ++compared;
+    compared +=
+        compare(*type, RoleKind::allocate, Phase::prefill, Purpose::evict, [](Stage& s) { return s.allocate(); });
   }
   CHECK(compared >= 3);
 }

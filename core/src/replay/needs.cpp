@@ -18,10 +18,6 @@ bool any_strategy(const Cell& cell, F f) {
   return false;
 }
 
-bool calibrated_on(const BudgetKnob& knob, const Trace& trace) {
-  return ("," + knob.calibrated_on + ",").find("," + trace.content_id() + ",") != std::string::npos;
-}
-
 bool has_every_layer(const TraceInfo& info) { return static_cast<int>(info.captured_layers.size()) == info.num_layers; }
 
 std::string missing_of(const Resolved& strategy, const Trace& trace, bool allow_leak) {
@@ -39,7 +35,7 @@ std::string missing_of(const Resolved& strategy, const Trace& trace, bool allow_
                : "needs a file with its numbers";
   if (strategy.knob && strategy.knob->calibrated_on.empty())
     return "needs traces to set '" + strategy.knob->name + "' on: [calibration] files";
-  if (!allow_leak && strategy.knob && calibrated_on(*strategy.knob, trace))
+  if (!allow_leak && strategy.knob && names_id(strategy.knob->calibrated_on, trace.content_id()))
     return "refused: calibrated on this very trace (allow_leak = true permits it)";
   for (const auto& [name, file] : strategy.data) {
     for (const int layer : info.captured_layers)
@@ -70,7 +66,7 @@ std::string missing_need(const Cell& cell, const Trace& trace, bool allow_leak) 
 
 bool leaks(const Cell& cell, const Trace& trace) {
   return any_strategy(cell, [&](const Resolved& r) {
-    return (r.knob && calibrated_on(*r.knob, trace)) ||
+    return (r.knob && names_id(r.knob->calibrated_on, trace.content_id())) ||
            std::any_of(r.data.begin(), r.data.end(),
                        [&](const auto& named) { return named.second->made_from(trace.content_id()); });
   });

@@ -1,10 +1,7 @@
-#include <unistd.h>
-
 #include <algorithm>
 #include <filesystem>
-#include <fstream>
 
-#include "lacuna/base/error.hpp"
+#include "lacuna/base/write_text.hpp"
 #include "lacuna/report/render.hpp"
 #include "report/cost_table.hpp"
 
@@ -218,19 +215,7 @@ Json to_json(const StudyResult& study, const std::vector<Table>& tables) {
 }
 
 void write_json(const Json& json, const std::string& path) {
-  const std::string beside = path + ".part" + std::to_string(getpid());
-  {
-    std::ofstream out(beside, std::ios::binary | std::ios::trunc);
-    out << json.dump(1, ' ', false, Json::error_handler_t::replace) << '\n';
-    out.close();
-    std::error_code failed;
-    if (out) std::filesystem::rename(beside, path, failed);
-    if (out && !failed) return;
-  }
-  std::error_code ignored;
-  std::filesystem::remove(beside, ignored);
-  throw Error({"cannot write the JSON file", "a file in a directory that exists and can be written", "", path,
-               "Check the path and the space left."});
+  write_text(json.dump(1, ' ', false, Json::error_handler_t::replace) + '\n', path, "the JSON file");
 }
 
 }  // namespace lacuna

@@ -2,7 +2,6 @@
 
 #include <fmt/format.h>
 #include <toml++/toml.h>
-#include <unistd.h>
 
 #include <charconv>
 #include <filesystem>
@@ -12,6 +11,7 @@
 
 #include "lacuna/base/error.hpp"
 #include "lacuna/base/hash.hpp"
+#include "lacuna/base/write_text.hpp"
 #include "lacuna/trace/safetensors.hpp"
 
 namespace lacuna {
@@ -136,19 +136,14 @@ void write_toml(const CalibrationFile& file, const std::string& path) {
       text += '\n';
     }
   }
-  const std::string beside = fmt::format("{}.{}.tmp", path, ::getpid());
-  std::ofstream out(beside, std::ios::binary);
-  out << text;
-  out.close();
-  std::error_code failed;
-  if (out) std::filesystem::rename(beside, path, failed);
-  if (!out || failed) {
-    std::filesystem::remove(beside, failed);
-    throw Error({"cannot write the calibration file", "a place that can be written", "", path, ""});
-  }
+  write_text(text, path, "the calibration file");
 }
 
 }  // namespace
+
+bool names_id(const std::string& list, const std::string& id) {
+  return ("," + list + ",").find("," + id + ",") != std::string::npos;
+}
 
 const CalibrationArray* CalibrationFile::find(int layer, const std::string& name) const {
   const auto arrays = layers.find(layer);
@@ -159,7 +154,7 @@ const CalibrationArray* CalibrationFile::find(int layer, const std::string& name
 
 bool CalibrationFile::made_from(const std::string& trace_id) const {
   const auto ids = metadata.find("trace_ids");
-  return ids != metadata.end() && ("," + ids->second + ",").find("," + trace_id + ",") != std::string::npos;
+  return ids != metadata.end() && names_id(ids->second, trace_id);
 }
 
 void CalibrationFile::identify() {

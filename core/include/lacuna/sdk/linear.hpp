@@ -57,6 +57,15 @@ inline double* inverse(Context& c, i64 rows, i64 d, double* a) {
   return out;
 }
 
+/// One cached key or value as a function of its channel, for quadratic_form.
+struct CachedVector {
+  const void* data;  // Paged::k or Paged::v
+  Dtype dtype;
+  i64 at;  // its first element
+
+  LACUNA_HD double operator()(i64 e) const { return load(data, dtype, at + e); }
+};
+
 /// x^T m x for a symmetric m [d, d]; x(e) is a function object or a lambda.
 template <class X>
 LACUNA_HD double quadratic_form(const double* m, i64 d, X x) {

@@ -10,6 +10,9 @@
 
 namespace lacuna {
 
+/// Whether a comma-separated list of content ids names this one.
+bool names_id(const std::string& list, const std::string& id);
+
 struct CalibrationArray {
   std::vector<sdk::i64> shape;  // at most 3
   std::vector<float> values;    // row-major
